@@ -1,0 +1,151 @@
+"""Drives the stages: capture, passes, code generation, runtime. The two ways to compile a graph meet here."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from llmopt.codegen.lower import Lowered, lower
+from llmopt.codegen.program import KernelCall, Program
+from llmopt.compiler.capture import Captured, capture
+from llmopt.compiler.errors import UnsupportedError
+from llmopt.compiler.graph import location, placeholders
+from llmopt.compiler.options import Options
+from llmopt.compiler.pass_manager import PassReport, run_pipeline
+from llmopt.compiler.report import Fallback, GraphReport, KernelUse
+from llmopt.compiler.step import CacheSpec
+from llmopt.passes.pipeline import BACKEND, step_pipeline
+from llmopt.runtime.compiled import CompiledGraph
+from llmopt.runtime.executable import kernel_source
+from llmopt.runtime.step_program import StepProgram
+from llmopt.runtime.weights import WeightBinder
+
+log = logging.getLogger(__name__)
+
+
+def _mark_weights(captured: Captured) -> None:
+    """Tells passes and code generation which placeholders are weights: parameters and buffers that nobody writes."""
+    for index, node in enumerate(placeholders(captured.graph)):
+        node.meta["argument"] = index
+        if index not in captured.mutations:
+            node.meta["weight"] = captured.weights[index]
+
+
+def _describe(node: fx.Node) -> str:
+    val = node.meta["val"]
+    if isinstance(val, torch.Tensor):
+        return f"{node.name} {str(val.dtype).removeprefix('torch.')}{list(map(str, val.shape))}".replace("'", "")
+    return f"{node.name} {val}"
+
+
+def make_report(kind: str, graph: fx.Graph, passes: list[PassReport], lowered: Lowered) -> GraphReport:
+    """What was decided about one graph."""
+    program = lowered.program
+    calls = [step for step in program.steps if isinstance(step, KernelCall)]
+    count = Counter(call.kernel for call in calls)
+    origin = {call.kernel: call.origin for call in reversed(calls)}
+    kernels = [
+        KernelUse(
+            spec.template, ", ".join(spec.arguments).replace("llmopt::", ""), origin[i], count[i], kernel_source(spec)
+        )
+        for i, spec in enumerate(program.kernels)
+    ]
+    selection = lowered.selection
+    return GraphReport(
+        kind,
+        [_describe(n) for n in placeholders(graph) if not n.meta.get("weight")],
+        passes,
+        kernels,
+        [Fallback(step.op, step.reason, step.location) for step in program.fallbacks],
+        [Fallback(str(n.target), reason, location(n)) for n, reason in selection.rejected.items()],
+    )
+
+
+def compile_backend(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> tuple[CompiledGraph, GraphReport, Captured]:
+    """Compiles a Dynamo graph for the caller's own arguments.
+
+    Raises UnsupportedError when the graph cannot be compiled, and when `options.fallback` is "error" and an op has no
+    kernel.
+    """
+    start = time.perf_counter()
+    captured = capture(gm, example_inputs)
+    _mark_weights(captured)
+    traced = time.perf_counter()
+    passes = run_pipeline(captured.graph, BACKEND, options)
+    passed = time.perf_counter()
+    lowered = lower(captured.graph, captured.mutations)
+    report = make_report("backend", captured.graph, passes, lowered)
+    _check_fallbacks(report, options)
+    compiled = CompiledGraph(captured.graph, lowered, captured.constants, options.threads)
+    report.native_calls = len(compiled.executable.native_plans)
+    report.seconds = {
+        "capture": traced - start,
+        "passes": passed - traced,
+        "code generation": time.perf_counter() - passed,
+    }
+    return compiled, report, captured
+
+
+def _check_fallbacks(report: GraphReport, options: Options) -> None:
+    if not report.fallbacks or options.fallback == "silent":
+        return
+    first = report.fallbacks[0]
+    if options.fallback == "error":
+        raise UnsupportedError(f"no kernel: {first.reason}", operation=first.op, location=first.location)
+    names = Counter(f.op for f in report.fallbacks)
+    listed = ", ".join(f"{count} x {op}" for op, count in names.items())
+    log.warning("these ops run on ATen: %s; llmopt.explain tells why", listed)
+
+
+@dataclass
+class CompiledStep:
+    """A step program that has no weights yet.
+
+    weight_names: for each argument of the captured graph, the qualified name of the parameter behind it.
+    """
+
+    program: StepProgram
+    binder: WeightBinder
+    report: GraphReport
+    arguments: list[int | None]
+
+    def bind(self, captured_arguments: Sequence[Any]) -> None:
+        """Binds the weights, given the captured graph's arguments as they are now."""
+        self.program.bind(self.binder.resolve([None if i is None else captured_arguments[i] for i in self.arguments]))
+
+
+def compile_step(captured: Captured, options: Options) -> CompiledStep:
+    """Compiles a cache-less graph `logits[1, S, V] = f(input_ids[1, S])` into a step program.
+
+    Raises UnsupportedError, with the op and the line of the user's model, when it cannot run over a paged cache.
+    """
+    start = time.perf_counter()
+    _mark_weights(captured)
+    graph = captured.graph
+    passes = run_pipeline(graph, step_pipeline(options.block_size), options)
+    passed = time.perf_counter()
+    lowered = lower(graph)
+    report = make_report("step", graph, passes, lowered)
+    _check_fallbacks(report, options)
+    caches: list[CacheSpec] = []
+    for node in placeholders(graph):
+        spec = node.meta.get("cache")
+        if spec is not None and spec not in caches:
+            caches.append(spec)
+    program = StepProgram(lowered.program, caches, options.block_size, options.threads)
+    report.native_calls = len(program.executable.native_plans)
+    report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}
+    binder = WeightBinder(graph, lowered.weights)
+    return CompiledStep(program, binder, report, [node.meta.get("argument") for node in placeholders(graph)])
+
+
+__all__ = ["CompiledStep", "Program", "compile_backend", "compile_step"]

@@ -1,0 +1,80 @@
+"""A model made ready to generate: its step program, kept true to the model's present weights."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+
+from llmopt.compilation import CompiledStep, compile_step
+from llmopt.compiler.options import Options
+from llmopt.compiler.report import Report
+from llmopt.huggingface import ModelInfo, describe
+from llmopt.runtime.generator import Generator, make_generator
+from llmopt.runtime.kv_cache import KVCache
+from llmopt.runtime.step_program import StepProgram
+from llmopt.tracing import trace_forward
+
+
+class ModelEngine:
+    """The step program of one live module.
+
+    The module's parameters stay its own. Before each generation they are looked up by name: replaced or edited weights
+    are used as they are now, and another dtype, shape or layout compiles anew.
+    """
+
+    def __init__(self, model: torch.nn.Module, options: Options, report: Report) -> None:
+        self.info: ModelInfo = describe(model)
+        self.options, self.report = options, report
+        self._compiled: dict[tuple[Any, ...], tuple[CompiledStep, list[str | torch.Tensor | None]]] = {}
+        self._caches: dict[tuple[int, int], KVCache] = {}
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt included."""
+        limit = self.options.max_model_len
+        return min(limit, self.info.max_model_len) if limit else self.info.max_model_len
+
+    def _tensors(self) -> Mapping[str, torch.Tensor]:
+        module = self.info.module
+        return {
+            **dict(module.named_buffers(remove_duplicate=False)),
+            **dict(module.named_parameters(remove_duplicate=False)),
+        }
+
+    def program(self) -> StepProgram:
+        """The step program for the module's present dtype and structure, bound to its present weights."""
+        tensors = self._tensors()
+        # Tied weights are one argument of the graph, so a tie that is broken later needs another graph.
+        first: dict[int, str] = {}
+        ties = [first.setdefault(id(t), name) for name, t in tensors.items()]
+        layouts = ((name, t.dtype, tuple(t.shape), t.stride()) for name, t in tensors.items())
+        signature = (*layouts, *ties)
+        if signature not in self._compiled:
+            self._compiled[signature] = self._compile(tensors)
+            self._caches.clear()
+        step, names = self._compiled[signature]
+        current = [tensors.get(name) if isinstance(name, str) else name for name in names]
+        step.bind(current)
+        return step.program
+
+    def _compile(self, tensors: Mapping[str, torch.Tensor]) -> tuple[CompiledStep, list[str | torch.Tensor | None]]:
+        captured, arguments = trace_forward(self.info.forward, self.info.max_model_len - 1)
+        by_identity = {id(tensor): name for name, tensor in tensors.items()}
+        names: list[str | torch.Tensor | None] = []
+        for index, argument in enumerate(arguments):
+            if not isinstance(argument, torch.Tensor):
+                names.append(None)
+                continue
+            name = by_identity.get(id(argument))
+            names.append(name if name is not None else argument)
+            captured.weights[index] = name or captured.weights[index]
+        step = compile_step(captured, self.options)
+        self.report.graphs.append(step.report)
+        return step, names
+
+    def generator(self, lengths: Sequence[int]) -> Generator:
+        """A generator whose cache can hold requests of the given total lengths, as many at once as options allow."""
+        program = self.program()
+        return make_generator(program, self.options, self.info, self.max_model_len, lengths, self._caches)

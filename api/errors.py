@@ -1,0 +1,25 @@
+"""Everything that llmopt raises on purpose, for `except llmopt.errors.InputError`."""
+
+from __future__ import annotations
+
+from llmopt.compiler.errors import (
+    BackwardError,
+    InputError,
+    LlmoptError,
+    OptionError,
+    ProgramFileError,
+    ToolchainError,
+    UnsupportedError,
+    VerificationError,
+)
+
+__all__ = [
+    "BackwardError",
+    "InputError",
+    "LlmoptError",
+    "OptionError",
+    "ProgramFileError",
+    "ToolchainError",
+    "UnsupportedError",
+    "VerificationError",
+]

@@ -1,0 +1,218 @@
+"""`llmopt.LLM`: generate from a model, a Hugging Face folder or a program file."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from tqdm import tqdm
+
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.options import Options
+from llmopt.compiler.report import Report
+from llmopt.huggingface import load_model, load_tokenizer
+from llmopt.runtime.generator import Generator, Request, make_generator
+from llmopt.runtime.kv_cache import KVCache
+from llmopt.runtime.program_file import LoadedProgram, load_program, save_program
+from llmopt.runtime.sampling import SamplingParams
+from llmopt.runtime.text import IncrementalText, TextCodec
+
+if TYPE_CHECKING:
+    from llmopt.engine import ModelEngine
+
+
+@dataclass(frozen=True)
+class CompletionOutput:
+    """One continuation: its text, its token ids, and why it ended ("stop" or "length")."""
+
+    text: str
+    token_ids: tuple[int, ...]
+    finish_reason: str | None
+
+
+@dataclass(frozen=True)
+class RequestOutput:
+    """A prompt and its continuations."""
+
+    prompt: str | None
+    prompt_token_ids: tuple[int, ...]
+    outputs: tuple[CompletionOutput, ...]
+
+
+@dataclass(frozen=True)
+class StreamChunk:
+    """Text that became certain with one token of request `index`."""
+
+    index: int
+    text: str
+    token_id: int
+    finish_reason: str | None
+
+
+Prompt = str | Sequence[int]
+# Options that shape the compiled program; the others are about running it.
+_DECIDED_AT_EXPORT = frozenset({"dtype", "block_size", "disabled_passes", "fuel", "verify", "fallback"})
+
+
+class LLM:
+    """Generates text from a compiled model.
+
+    Args:
+        model: a torch.nn.Module, the path of a Hugging Face folder, or of a program file (see `export`).
+        tokenizer: a `tokenizers.Tokenizer` or a transformers tokenizer; a folder or file brings its own.
+        options: the fields of `llmopt.Options`.
+
+    Raises OptionError for unknown options, InputError for a path that holds no model and for an option that a program
+    file has decided already, UnsupportedError for a model that
+    cannot run over a paged KV cache.
+    """
+
+    def __init__(self, model: torch.nn.Module | str | Path, tokenizer: Any = None, **options: Any) -> None:
+        self.options = Options.make(options)
+        self.report = Report()
+        self._engine: ModelEngine | None = None
+        self._loaded: LoadedProgram | None = None
+        self._caches: dict[tuple[int, int], KVCache] = {}
+        if isinstance(model, str | Path) and Path(model).is_file():
+            for name in _DECIDED_AT_EXPORT & options.keys():
+                raise InputError(f"{name}={options[name]!r} was decided when {model} was exported and cannot be set")
+            self._loaded = load_program(model, self.options.threads)
+            tokenizer = tokenizer or self._loaded.tokenizer
+        else:
+            if isinstance(model, str | Path):
+                tokenizer = tokenizer or load_tokenizer(model)
+                model = load_model(model, self.options.torch_dtype)
+            elif self.options.torch_dtype is not None:
+                model = model.to(self.options.torch_dtype)
+            # Compiling needs Dynamo; running a program file does not.
+            from llmopt.engine import ModelEngine
+
+            self._engine = ModelEngine(model, self.options, self.report)
+        self._codec = TextCodec(tokenizer) if tokenizer is not None else None
+
+    @property
+    def max_model_len(self) -> int:
+        """Longest sequence, prompt included."""
+        if self._engine is not None:
+            return self._engine.max_model_len
+        limit, own = self.options.max_model_len, self._program_info.max_model_len
+        return min(limit, own) if limit else own
+
+    @property
+    def _program_info(self) -> LoadedProgram:
+        if self._loaded is None:
+            raise InputError("this LLM was made from a model, not from a program file")
+        return self._loaded
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Continues every prompt (text, or token ids) and returns the outputs in order.
+
+        Raises InputError for an empty prompt, one that is too long, or a token id out of range, before any work.
+        """
+        texts, ids, params = self._prepare(prompts, sampling_params)
+        streams = self._streams(params)
+        done: dict[int, CompletionOutput] = {}
+        with tqdm(total=len(ids), desc="prompts", disable=not use_tqdm) as bar:
+            for request in self._run(ids, params, streams):
+                if request.finish_reason is not None:
+                    done[request.index] = self._completion(request, streams)
+                    bar.update()
+        return [RequestOutput(t, tuple(p), (done[i],)) for i, (t, p) in enumerate(zip(texts, ids, strict=True))]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> Iterator[StreamChunk]:
+        """Yields text as it becomes certain, request by request."""
+        _, ids, params = self._prepare(prompts, sampling_params)
+        streams = self._streams(params)
+        for request in self._run(ids, params, streams):
+            text = ""
+            if streams:
+                stream = streams[request.index]
+                text = stream.take() if request.finish_reason is None else stream.finish()
+            yield StreamChunk(request.index, text, request.tokens[-1], request.finish_reason)
+
+    def _prepare(
+        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> tuple[list[str | None], list[list[int]], list[SamplingParams]]:
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [cast(Prompt, prompts)]
+        texts: list[str | None] = []
+        ids: list[list[int]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                if self._codec is None:
+                    raise InputError("a text prompt needs a tokenizer; pass one to LLM, or pass token ids")
+                texts.append(prompt)
+                ids.append(self._codec.encode(prompt))
+            else:
+                texts.append(None)
+                ids.append([t.item() if hasattr(t, "item") else t for t in prompt])  # type: ignore[union-attr]
+        params = sampling_params or SamplingParams()
+        many = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        if len(many) != len(ids):
+            raise InputError(f"{len(ids)} prompts but {len(many)} sampling parameters")
+        if any(p.stop for p in many) and self._codec is None:
+            raise InputError("stop strings need a tokenizer; use stop_token_ids, or pass a tokenizer to LLM")
+        return texts, ids, many
+
+    def _streams(self, params: Sequence[SamplingParams]) -> list[IncrementalText]:
+        if self._codec is None:
+            return []
+        return [IncrementalText(self._codec, p.skip_special_tokens, p.stop) for p in params]
+
+    def _run(
+        self, ids: Sequence[Sequence[int]], params: Sequence[SamplingParams], streams: Sequence[IncrementalText]
+    ) -> Iterator[Request]:
+        if not ids:
+            return iter(())
+
+        def stop_check(request: Request) -> bool:
+            may_stop = request.num_generated >= request.params.min_tokens
+            return bool(streams) and streams[request.index].push(request.tokens[-1], may_stop)
+
+        lengths = [len(p) + s.max_tokens for p, s in zip(ids, params, strict=True)]
+        return self._generator(lengths).run(ids, params, stop_check)
+
+    def _generator(self, lengths: Sequence[int]) -> Generator:
+        if self._engine is not None:
+            return self._engine.generator(lengths)
+        info = self._program_info
+        return make_generator(info.program, self.options, info, self.max_model_len, lengths, self._caches)
+
+    def _completion(self, request: Request, streams: Sequence[IncrementalText]) -> CompletionOutput:
+        text = ""
+        if streams:
+            stream = streams[request.index]
+            stream.finish()
+            text = stream.text
+        return CompletionOutput(text, tuple(request.generated), request.finish_reason)
+
+    def export(self, path: str | Path) -> None:
+        """Writes the compiled step program with its weights and tokenizer to a file that `LLM` and `load` read.
+
+        Raises UnsupportedError when an op has no kernel, because such a program needs the model's Python code.
+        """
+        if self._engine is None:
+            raise InputError("this LLM was loaded from a program file already")
+        program = self._engine.program()
+        info = self._engine.info
+        tokenizer = self._codec.to_json() if self._codec is not None else None
+        save_program(
+            path,
+            program,
+            vocab_size=info.vocab_size,
+            max_model_len=self._engine.max_model_len,
+            eos_token_ids=info.eos_token_ids,
+            tokenizer=tokenizer,
+        )

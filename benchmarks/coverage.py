@@ -1,0 +1,419 @@
+"""Which of transformers' causal language models llmopt compiles, and how much of them: a sweep over all types.
+
+Every type is built tiny (`tiny_models.py`) and runs in a process of its own, forked after the imports: eager beside
+`torch.compile(..., backend="llmopt", dynamic=True)` in float32, at several shapes and over greedy tokens. Counted are
+the graphs, what runs on ATen and why, and the share of the FLOPs of matrix products and attention that llmopt's kernels
+compute.
+
+    python benchmarks/coverage.py                      # all types; finished ones are not run again
+    python benchmarks/coverage.py --types llama gpt2 --redo
+    python benchmarks/coverage.py --table              # only render results/coverage.{json,md}
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import faulthandler
+import json
+import logging
+import multiprocessing
+import os
+import re
+import signal
+import sys
+import threading
+import time
+import traceback
+from collections import Counter
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from tiny_models import FIRST_TOKEN, TYPES, build, inputs
+from torch import Tensor
+from torch._dynamo.utils import counters
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import flop_registry
+from tqdm import tqdm
+from transformers import PreTrainedModel
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from llmopt.backend import REPORT
+
+ROOT = Path(__file__).resolve().parent.parent
+WORK = ROOT / "out" / "coverage"
+RESULTS = Path(__file__).resolve().parent / "results"
+Shapes = tuple[tuple[int, int], ...]
+SHAPES: Shapes = ((2, 19), (1, 19), (3, 33))  # Dynamo compiles a batch of 1 apart
+NEW_TOKENS = 8
+TOLERANCE = 2e-3  # largest difference of logits, in standard deviations of eager's
+GOOD_SHARE = 0.90
+
+Forward = Callable[[Mapping[str, Any]], Tensor]
+Record = dict[str, Any]
+
+
+def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
+    batch, heads, rows, size = query.shape
+    return 2 * batch * heads * rows * key.shape[-2] * (size + value.shape[-1])
+
+
+def _grouped_flops(left: Tensor, right: Tensor, *_: Any, **__: Any) -> int:
+    """Rows times the size of one expert's matrix; [T, K] by [E, K, N], or batched."""
+    return 2 * left.numel() * int(right.shape[-1])
+
+
+def _matrix_vector_flops(matrix: Tensor, *_: Any, **__: Any) -> int:
+    return 2 * matrix.numel()
+
+
+# Ops that PyTorch's registry does not count, by name.
+_FORMULAS: dict[str, Callable[..., int]] = {
+    "aten._scaled_dot_product_flash_attention_for_cpu": _attention_flops,
+    "aten._grouped_mm": _grouped_flops,
+    "transformers.grouped_mm_fallback": _grouped_flops,
+    "aten.mv": _matrix_vector_flops,
+    "aten.addmv": lambda bias, matrix, *_, **__: 2 * matrix.numel(),
+    "aten.dot": _matrix_vector_flops,
+}
+
+
+class FlopCount(TorchDispatchMode):
+    """Counts the FLOPs of matrix products and attention that reach the dispatcher; convolutions are left out.
+
+    llmopt's kernels do not pass the dispatcher, its fallbacks to ATen do. `FlopCounterMode` would not do: under a mode
+    that does not say `ignore_compile_internals`, Dynamo runs the original code.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.flops: Counter[str] = Counter()
+        self.own: Counter[str] = Counter()
+
+    @classmethod
+    def ignore_compile_internals(cls) -> bool:
+        return True
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        packet = func._overloadpacket
+        name = str(packet)
+        if name in _FORMULAS:
+            self.flops[name] += _FORMULAS[name](*args, **kwargs)
+        elif packet in flop_registry and "conv" not in name:
+            self.flops[name] += flop_registry[packet](*args, **kwargs, out_val=result)
+        if name.startswith("llmopt."):
+            self.own[name] += 1
+        return result
+
+    @property
+    def total(self) -> int:
+        return sum(self.flops.values())
+
+
+def _first_line(error: BaseException) -> str:
+    """What went wrong, on one line: torch wraps the cause in `backend='llmopt' raised:` and lines of advice."""
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    text = next((line for line in lines if "raised:" not in line), "")
+    return f"{type(error).__name__}: {text}"[:300]
+
+
+def _where(error: BaseException) -> str:
+    """The last frame of llmopt's own, else the last frame."""
+    frames = traceback.extract_tb(error.__traceback__)
+    while error.__cause__ is not None:
+        error = error.__cause__
+        frames += traceback.extract_tb(error.__traceback__)
+    if not frames:
+        return ""
+    roots = ("llmopt/", "/api/", "/compiler/", "/passes/", "/codegen/", "/runtime/")
+    own = [f for f in frames if "site-packages" not in f.filename and any(root in f.filename for root in roots)]
+    frame = (own or list(frames))[-1]
+    return f"{'/'.join(Path(frame.filename).parts[-2:])}:{frame.lineno} {frame.name}"
+
+
+def _forward_of(model: PreTrainedModel, function: Callable[..., Any]) -> Forward:
+    """Calls `function` without a cache, where the model knows the setting."""
+    takes_cache = hasattr(model.config.get_text_config(decoder=True), "use_cache")
+    refused = False
+
+    def forward(arguments: Mapping[str, Any]) -> Tensor:
+        nonlocal refused
+        if takes_cache and not refused:
+            try:
+                return function(**arguments, use_cache=False).logits
+            except TypeError as error:
+                if "use_cache" not in str(error):
+                    raise
+                refused = True
+        return function(**arguments).logits
+
+    return forward
+
+
+def _greedy(forward: Forward, ids: Tensor) -> list[list[int]]:
+    """Greedy tokens by full recomputation, special ids left out; one list a row."""
+    start = ids.shape[1]
+    for _ in range(NEW_TOKENS):
+        logits = forward({"input_ids": ids})[:, -1]
+        ids = torch.cat([ids, logits[:, FIRST_TOKEN:256].argmax(-1, keepdim=True) + FIRST_TOKEN], 1)
+    return ids[:, start:].tolist()
+
+
+def _difference(ours: Tensor, theirs: Tensor) -> float:
+    """The largest difference in standard deviations; infinite where shapes or finiteness differ."""
+    if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
+        return float("inf")
+    return float((ours - theirs).abs().max() / theirs.std())
+
+
+def _compare(
+    model: PreTrainedModel,
+    backend: str,
+    eager: Mapping[tuple[int, int], Tensor],
+    tokens: list[list[int]],
+    reached: Callable[[str], None],
+) -> Record:
+    """Compiles for one backend; the differences, the tokens and the seconds of the first call."""
+    reached(f"{backend}: first call")
+    forward = _forward_of(model, torch.compile(model.forward, backend=backend, dynamic=True))
+    begin = time.perf_counter()
+    forward(inputs(model, *SHAPES[0]))
+    compile_s = time.perf_counter() - begin
+    reached(f"{backend}: other shapes, after a first call of {compile_s:.0f} s")
+    differences = [_difference(forward(inputs(model, *s)), e) for s, e in eager.items()]
+    reached(f"{backend}: greedy tokens, after differences of {max(differences):.1e}")
+    ours = _greedy(forward, inputs(model, *SHAPES[0])["input_ids"])
+    return {
+        "compile_s": round(compile_s, 2),
+        "difference": max(differences),
+        "differences": differences,
+        "tokens_equal": ours == tokens,
+        "right": max(differences) <= TOLERANCE,
+        "forward": forward,
+    }
+
+
+def _attempt(run: Callable[[], Record]) -> Record:
+    """The record of a run, or what it raised."""
+    try:
+        return run()
+    except Exception as error:
+        return {"error": _first_line(error), "where": _where(error), "right": False}
+
+
+def _graphs(record: Record) -> None:
+    """Adds what llmopt's report and Dynamo's counters say."""
+    record["graphs"] = len(REPORT.graphs)
+    record["refused"] = [graph.refused for graph in REPORT.graphs if graph.refused is not None]
+    found: Counter[tuple[str, str]] = Counter()
+    for graph in REPORT.graphs:
+        for fallback in graph.fallbacks:
+            found[fallback.op, fallback.reason] += fallback.count
+    record["fallbacks"] = [{"op": op, "reason": why, "count": n} for (op, why), n in found.most_common()]
+    record["graph_breaks"] = sum(counters["graph_break"].values())
+    record["graph_break_reasons"] = [re.sub(r"\s+", " ", text)[:200] for text in counters["graph_break"]]
+
+
+def measure(model_type: str, inductor: bool, shapes: Shapes, save: Callable[[Record], None]) -> Record:
+    """Everything about one type, in this process. `save` gets what is known so far before each longer step."""
+    record: Record = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
+    record["shapes"] = [list(shape) for shape in shapes]
+
+    def reached(step: str) -> None:
+        save(record | {"status": "unfinished", "step": step})
+
+    reached("eager")
+    try:
+        model = build(model_type)
+        forward = _forward_of(model, model.forward)
+        eager = {shape: forward(inputs(model, *shape)) for shape in shapes}
+        if not all(bool(e.isfinite().all()) and float(e.std()) > 1e-3 for e in eager.values()):
+            raise ArithmeticError("logits of the eager model are not finite, or all the same")
+        record["repeatable"] = torch.equal(forward(inputs(model, *SHAPES[0])), eager[SHAPES[0]])
+        tokens = _greedy(forward, inputs(model, *SHAPES[0])["input_ids"])
+        with FlopCount() as count:
+            forward(inputs(model, *SHAPES[0]))
+    except Exception as error:
+        return record | {"status": "no eager", "error": _first_line(error), "where": _where(error)}
+    record |= {"parameters": sum(p.numel() for p in model.parameters()), "flops": count.total}
+
+    record |= _attempt(lambda: _compare(model, "llmopt", eager, tokens, reached))
+    _graphs(record)
+    compiled = record.pop("forward", None)
+    if compiled is not None:
+        with FlopCount() as rest:
+            compiled(inputs(model, *SHAPES[0]))
+        record["flops_on_aten"] = dict(rest.flops)
+        record["own_ops_dispatched"] = dict(rest.own)
+        record["flop_share"] = 1.0 - rest.total / count.total if count.total else None
+    record["status"] = "right" if record["right"] else "error" if "error" in record else "wrong"
+    peers = (["eager", "aot_eager"] if not record["right"] else []) + (["inductor"] if inductor else [])
+    for backend in peers:  # Dynamo or AOTAutograd alone may be what fails
+        torch._dynamo.reset()
+        record[backend] = _attempt(partial(_compare, model, backend, eager, tokens, lambda _: None))
+        record[backend].pop("forward", None)
+    return record
+
+
+def _worker(model_type: str, path: Path, log: Path, inductor: bool, shapes: Shapes) -> None:
+    """What a type's process does: its output goes to `log`, and so does where it is when its time is over."""
+    os.setsid()
+    tqdm.set_lock(threading.RLock())  # the parent's may have been held at the fork, and torch.fx uses tqdm, too
+    stream = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_TRUNC)
+    os.dup2(stream, 1)
+    os.dup2(stream, 2)
+    faulthandler.register(signal.SIGUSR1, all_threads=False)
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    with torch.no_grad():
+        _save(measure(model_type, inductor, shapes, partial(_save, path=path)), path)
+
+
+def _save(record: Any, path: Path) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    temporary = path.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1) + "\n", "utf-8")
+    temporary.replace(path)
+
+
+def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: Shapes) -> Record:
+    """One type in a process of its own; what ends it early is part of the record."""
+    path = folder / f"{model_type}.json"
+    path.unlink(missing_ok=True)
+    log = folder / f"{model_type}.log"
+    process = multiprocessing.get_context("fork").Process(
+        target=_worker, args=(model_type, path, log, inductor, shapes)
+    )
+    process.start()
+    process.join(timeout)
+    code = process.exitcode
+    if code is None and process.pid is not None:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process.pid, signal.SIGUSR1)
+            process.join(2.0)
+            os.killpg(process.pid, signal.SIGKILL)
+        process.join()
+    record: Record = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
+    if path.exists():
+        record = json.loads(path.read_text("utf-8"))
+    if record.get("status", "unfinished") == "unfinished":
+        tail = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
+        error = f"no end within {timeout:.0f} s" if code is None else f"exit status {code}: {' '.join(tail)[:200]}"
+        status = "timeout" if code is None else "crash"
+        record |= {"status": status, "error": f"{error} ({record.pop('step', 'start')})", "right": False}
+        _save(record, path)
+    return record
+
+
+def _records(folder: Path) -> Iterator[Record]:
+    for model_type in TYPES:
+        path = folder / f"{model_type}.json"
+        if path.exists():
+            yield json.loads(path.read_text("utf-8"))
+
+
+def _number(value: float | None, form: str) -> str:
+    return "-" if value is None else format(value, form)
+
+
+def _notes(record: Record) -> str:
+    """What a reader has to know of a type: the error, refused graphs, and the fallbacks in short."""
+    if "error" in record:
+        return str(record["error"])[:120]
+    refused = [re.search(r"error: .*", text) or re.match(".*", text) for text in record.get("refused", [])]
+    parts = [f"refused: {text[0][:80]}" for text in refused[:1] if text]
+    ops = Counter({f["op"].removeprefix("aten.").removesuffix(".default"): 0 for f in record.get("fallbacks", [])})
+    for item in record.get("fallbacks", []):
+        ops[item["op"].removeprefix("aten.").removesuffix(".default")] += item["count"]
+    parts += [f"{count} {op}" for op, count in ops.most_common(5)]
+    return ", ".join(parts) + (", ..." if len(ops) > 5 else "")
+
+
+def summary(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """The headline figures, by name."""
+    statuses = Counter(record["status"] for record in records)
+    shares = [r["flop_share"] for r in records if r["status"] == "right" and r.get("flop_share") is not None]
+    good = sum(share >= GOOD_SHARE for share in shares)
+    return [
+        ("types", f"{len(TYPES)}, of which {len(records)} were run"),
+        ("of these with a batch of 1, too", str(sum([1, 19] in record.get("shapes", []) for record in records))),
+        ("run in eager mode", str(len(records) - statuses["no eager"])),
+        ("right", f"**{statuses['right']} of {len(TYPES)}**"),
+        ("silently wrong", str(statuses["wrong"])),
+        ("errors, crashes, timeouts", f"{statuses['error']}, {statuses['crash']}, {statuses['timeout']}"),
+        ("same greedy tokens", str(sum(bool(record.get("tokens_equal")) for record in records))),
+        (f"right, with {GOOD_SHARE:.0%} or more of the FLOPs in llmopt's kernels", str(good)),
+    ]
+
+
+def table(records: Sequence[Record], conditions: Mapping[str, Any]) -> str:
+    """The results in Markdown."""
+    lines = ["# Coverage of transformers' causal language models", ""]
+    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(records)), ""]
+    lines += [
+        f"Tiny random models in float32 without a cache; shapes {', '.join(f'{b} x {s}' for b, s in SHAPES)}. Right: "
+        f"no logit differs by more than {TOLERANCE:g} standard deviations. FLOPs are those of matrix products and "
+        "attention in eager mode; the share is what does not reach ATen. Compile time is that of the first call. "
+        "`python benchmarks/coverage.py` makes this file.",
+        "",
+        ", ".join(f"{name} {value}" for name, value in conditions.items()),
+        "",
+        "| type | class | result | max diff | tokens | graphs | breaks | FLOP share | compile s | Inductor s | notes |",
+        "|---|---|---|---|---|---|---|---|---|---|---|",
+    ]
+    for r in records:
+        tokens = {True: "equal", False: "differ", None: "-"}[r.get("tokens_equal")]
+        peer = r.get("inductor", {})
+        other = f"{_number(peer.get('compile_s'), '.1f')}{'' if not peer or peer.get('right') else ' (wrong)'}"
+        share, difference = _number(r.get("flop_share"), ".0%"), _number(r.get("difference"), ".1e")
+        cells = [r["type"], r["class"], r["status"], difference, tokens, _number(r.get("graphs"), "d")]
+        cells += [_number(r.get("graph_breaks"), "d"), share, _number(r.get("compile_s"), ".1f"), other, _notes(r)]
+        lines.append("| " + " | ".join(re.sub(r"[|\s]+", " ", cell) for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
+
+
+def render(folder: Path) -> None:
+    """Writes results/coverage.json and .md from the records that there are."""
+    from harness import conditions
+
+    records = list(_records(folder))
+    where = conditions(shapes=[list(shape) for shape in SHAPES], new_tokens=NEW_TOKENS, tolerance=TOLERANCE)
+    _save({"conditions": where, "summary": dict(summary(records)), "types": records}, RESULTS / "coverage.json")
+    named = ("time", "revision", "cpu", "cores", "instruction_set", "torch", "transformers")
+    text = table(records, {name: where[name] for name in named})
+    (RESULTS / "coverage.md").write_text(text, "utf-8")
+    print("\n".join(f"{name}: {value}" for name, value in summary(records)))
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--types", nargs="+", choices=TYPES, metavar="TYPE", default=list(TYPES), help="default: all")
+    parser.add_argument("--timeout", type=float, default=240.0, help="seconds for each type")
+    parser.add_argument("--jobs", type=int, default=1, help="types at the same time")
+    parser.add_argument("--redo", action="store_true", help="run finished types again")
+    parser.add_argument("--quick", action="store_true", help="without a batch of 1, which is compiled apart")
+    parser.add_argument("--inductor", action="store_true", help="compile with Inductor, too")
+    parser.add_argument("--table", action="store_true", help="only render what there is")
+    parser.add_argument("--work", type=Path, default=WORK, help="folder of the records, one file a type")
+    options = parser.parse_args()
+    options.work.mkdir(parents=True, exist_ok=True)
+    if not options.table:
+        wanted = [t for t in options.types if options.redo or not (options.work / f"{t}.json").exists()]
+        shapes = tuple(shape for shape in SHAPES if shape[0] > 1 or not options.quick)
+        with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="type") as bar:
+            for record in pool.map(lambda t: _run(t, options.work, options.timeout, options.inductor, shapes), wanted):
+                bar.update()
+                bar.write(f"{record['type']}: {record['status']} {record.get('error', '')}")
+    render(options.work)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

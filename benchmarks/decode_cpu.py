@@ -1,0 +1,129 @@
+"""Prefill and decode of the Llama-3.2-1B shape: llmopt beside eager PyTorch and Inductor, interleaved.
+
+usage: python benchmarks/decode_cpu.py [--dtype bfloat16] [--layers 16] [--context 512] [--steps 16] [--rounds 5]
+           [--threads 2] [--peers eager inductor llmopt] [--out benchmarks/results/decode_cpu.json]
+
+The weights are random (speed does not depend on their values, as long as they are not zero) and shared by all
+contestants. One unit of work is the same everywhere: one forward pass and the argmax of the last position, at batch 1.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+import torch
+from harness import ROOT, Contestant, conditions, plot, print_table, run_rounds, save
+from peers import StepDecoder, contestant, eager_decoder, inductor_decoder
+from probe import Probe
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+
+DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
+PHASES = ("prefill", "decode")
+
+
+def build_model(layers: int, dtype: torch.dtype) -> PreTrainedModel:
+    """Random weights in the shape of Llama-3.2-1B, with `layers` of its 16 layers."""
+    config = LlamaConfig(
+        vocab_size=128256,
+        hidden_size=2048,
+        intermediate_size=8192,
+        num_hidden_layers=layers,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        head_dim=64,
+        max_position_embeddings=8192,
+        rms_norm_eps=1e-5,
+        tie_word_embeddings=True,
+        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
+        bos_token_id=None,
+        eos_token_id=None,
+        pad_token_id=None,
+    )
+    torch.manual_seed(0)
+    config.dtype = dtype
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # never a second copy in float32
+    try:
+        model = LlamaForCausalLM(config)
+    finally:
+        torch.set_default_dtype(previous)
+    return model.eval()
+
+
+def bytes_per_token(model: PreTrainedModel, context: int) -> float:
+    """What a decode step must read: every weight once (the tied embedding is the head's) and the cache's content."""
+    config = model.config
+    weights = sum(p.numel() * p.element_size() for p in model.parameters())
+    cache = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * context
+    return float(weights + cache * model.dtype.itemsize)
+
+
+def eager(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
+    decoder = eager_decoder(model, len(prompt) + steps)
+    return contestant("eager", decoder, prompt, steps, attention=model.config._attn_implementation)
+
+
+def inductor(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
+    decoder = inductor_decoder(model, len(prompt) + steps)
+    return contestant("inductor", decoder, prompt, steps, attention=model.config._attn_implementation, dynamic=False)
+
+
+def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
+    decoder = StepDecoder(model, len(prompt) + steps)
+    (graph,) = decoder.report.graphs
+    fallbacks = sorted({fallback.op for fallback in graph.fallbacks})
+    return contestant("llmopt", decoder, prompt, steps, native_calls=graph.native_calls, aten_fallbacks=fallbacks)
+
+
+PEERS: dict[str, Callable[[PreTrainedModel, Sequence[int], int], Contestant]] = {
+    "eager": eager,
+    "inductor": inductor,
+    "llmopt": step_program,
+}
+
+
+def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
+    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--context", type=int, default=512, help="prompt tokens; decoding starts there")
+    parser.add_argument("--steps", type=int, default=16, help="tokens decoded per round")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=sorted(PEERS))
+    parser.add_argument("--out", type=Path, help="JSON file; a plot goes beside it")
+    return parser.parse_args(arguments)
+
+
+def main() -> None:
+    options = parse()
+    torch.set_num_threads(options.threads)
+    dtype = DTYPES[options.dtype]
+    model = build_model(options.layers, dtype)
+    prompt = torch.randint(0, model.config.vocab_size, (options.context,)).tolist()
+    contestants = [PEERS[name](model, prompt, options.steps) for name in options.peers]
+    shape = {key: getattr(model.config, key) for key in ("hidden_size", "intermediate_size", "vocab_size")}
+    setting = conditions(
+        dtype=options.dtype,
+        bits_per_weight=8 * dtype.itemsize,
+        layers=options.layers,
+        context=options.context,
+        steps=options.steps,
+        batch=1,
+        shape=shape,
+        contestants={c.name: dict(c.describe) for c in contestants},
+    )
+    result = run_rounds(contestants, options.rounds, setting, Probe(options.threads))
+    read = bytes_per_token(model, options.context)
+    title = f"Llama-3.2-1B shape, {options.layers} layers, {options.dtype}, context {options.context}, batch 1"
+    print_table(result, PHASES, title, ("eager", "inductor"), {"decode": read})
+    if options.out:
+        out = options.out if options.out.is_absolute() else ROOT / options.out
+        save(result, out)
+        plot(result, PHASES, out.with_suffix(".png"))
+
+
+if __name__ == "__main__":
+    main()

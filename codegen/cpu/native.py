@@ -1,0 +1,155 @@
+"""The Python side of the step executor: encodes a list of kernel calls once, then runs it with one foreign call.
+
+`kernels/executor.cpp` defines the layout that is encoded here.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import threading
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmopt.compiler.errors import LlmoptError, ToolchainError
+
+SCRATCH_BYTES = 4 << 20  # kScratchBytes of kernels/abi.h
+
+IntArray = np.ndarray[Any, np.dtype[np.int64]]
+
+# Opcodes of the executor's postfix programs.
+PUSH, SYMBOL, ADD, MUL, FLOOR_DIV, MOD, MIN, MAX, END = range(9)
+
+FAILURES = {1: "index out of range", 2: "a size is beyond what the kernel was made for"}
+
+
+@dataclass(frozen=True)
+class TensorOperand:
+    """Address `bases[base] + value(offset)`, with `offset` a postfix program in bytes; base -1 is an absent operand."""
+
+    base: int
+    offset: tuple[int, ...] = (PUSH, 0)
+
+
+ABSENT = TensorOperand(-1)
+
+
+@dataclass(frozen=True)
+class NativeCall:
+    """One kernel call: the entry's name, its operands in the kernel's order, ints as postfix programs."""
+
+    entry: str
+    tensors: tuple[TensorOperand, ...]
+    ints: tuple[tuple[int, ...], ...]
+    floats: tuple[float, ...]
+    sync_after: bool = True
+
+
+class KernelError(LlmoptError, RuntimeError):
+    """A kernel refused its input while running; `call` is its index in the step."""
+
+    def __init__(self, failure: int, call: int, entry: str) -> None:
+        self.failure, self.call = failure, call
+        super().__init__(f"{entry}: {FAILURES.get(failure, f'failure {failure}')}")
+
+
+class _Plan(ctypes.Structure):
+    _fields_ = (
+        ("num_expressions", ctypes.c_int64),
+        ("num_tensors", ctypes.c_int64),
+        ("num_ints", ctypes.c_int64),
+        ("num_calls", ctypes.c_int64),
+        *((name, ctypes.c_void_p) for name in ("code", "starts", "tensors", "ints", "floats", "calls")),
+        *((name, ctypes.c_void_p) for name in ("values", "addresses", "int_args", "seconds")),
+    )
+
+
+@functools.cache
+def _openmp() -> tuple[int, int]:
+    """Addresses of GOMP_parallel and omp_get_num_threads in the OpenMP runtime that PyTorch loaded."""
+    torch.get_num_threads()
+    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
+        path = line.split(maxsplit=5)[-1]
+        if any(name in Path(path).name for name in ("libgomp", "libiomp5", "libomp")):
+            library = ctypes.CDLL(path)
+            return tuple(  # type: ignore[return-value]
+                ctypes.cast(getattr(library, name), ctypes.c_void_p).value
+                for name in ("GOMP_parallel", "omp_get_num_threads")
+            )
+    raise ToolchainError("PyTorch was built without OpenMP; llmopt's CPU programs need its thread pool")
+
+
+class NativePlan:
+    """An encoded list of calls, bound to the entries of one library. Runs are serialised by a lock."""
+
+    def __init__(self, library: Path, calls: Sequence[NativeCall]) -> None:
+        self._library = ctypes.CDLL(str(library))
+        self.entries = [call.entry for call in calls]
+        self._lock = threading.Lock()
+        self._scratch = np.empty(0, np.uint8)
+
+        expressions: dict[tuple[int, ...], int] = {}
+        number = lambda code: expressions.setdefault(tuple(code), len(expressions))  # noqa: E731
+        tensors = [(t.base, number(t.offset)) for call in calls for t in call.tensors]
+        ints = [number(code) for call in calls for code in call.ints]
+        rows, begin = [], [0, 0, 0]
+        for call in calls:
+            address = ctypes.cast(getattr(self._library, call.entry), ctypes.c_void_p).value
+            rows.append((address, *begin, int(call.sync_after)))
+            begin = [begin[0] + len(call.tensors), begin[1] + len(call.ints), begin[2] + len(call.floats)]
+        code: list[int] = []
+        starts: list[int] = []
+        for expression in expressions:
+            starts.append(len(code))
+            code += [*expression, END]
+
+        array = lambda values, dtype=np.int64: np.array(values or [0], dtype)  # noqa: E731
+        self._arrays = {
+            "code": array(code),
+            "starts": array(starts),
+            "tensors": array(tensors),
+            "ints": array(ints),
+            "floats": array([f for call in calls for f in call.floats], np.float64),
+            "calls": array(rows),
+            "values": np.zeros(max(1, len(expressions)), np.int64),
+            "addresses": np.zeros(max(1, len(tensors)), np.int64),
+            "int_args": np.zeros(max(1, len(ints)), np.int64),
+        }
+        self.seconds = np.zeros(len(calls))
+        self._plan = _Plan(len(expressions), len(tensors), len(ints), len(calls))
+        for name, values in self._arrays.items():
+            setattr(self._plan, name, values.ctypes.data)
+        self._entry = self._library.llmopt_run
+        self._entry.restype = ctypes.c_int64
+        self._entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * 2
+
+    def profile(self, on: bool) -> None:
+        """Adds up the time of each call in `seconds` from now on, or stops doing so."""
+        self.seconds[:] = 0
+        self._plan.seconds = self.seconds.ctypes.data if on else None
+
+    def run(
+        self, bases: Sequence[int] | IntArray, symbols: Sequence[int] | IntArray, threads: int | None = None
+    ) -> None:
+        """Runs all calls on `threads` threads (PyTorch's number if None); raises KernelError when one refused.
+
+        `bases` are addresses, `symbols` sizes; int64 arrays are used as they are.
+        """
+        threads = threads or torch.get_num_threads()
+        base_array = np.ascontiguousarray(bases, np.int64)
+        symbol_array = np.ascontiguousarray(symbols, np.int64)
+        with self._lock:
+            needed = SCRATCH_BYTES * threads + 64
+            if self._scratch.nbytes < needed:
+                self._scratch = np.empty(needed, np.uint8)
+            scratch = self._scratch.ctypes.data + 63 & ~63
+            plan = ctypes.addressof(self._plan)
+            status = self._entry(plan, base_array.ctypes.data, symbol_array.ctypes.data, scratch, threads, *_openmp())
+        if status:
+            call = status // 256
+            raise KernelError(status % 256, call, self.entries[call])

@@ -1,0 +1,220 @@
+"""Compiles C++ kernels: finds the compiler, knows the instruction sets, caches every object by its content.
+
+The cache is a folder of this user's own (0700, ownership checked). A file in it is named after a hash of everything
+that made it, is written to a temporary name and renamed, and so is never seen half-written. A cache that cannot be used
+costs time, never correctness: llmopt warns and compiles into a temporary folder instead.
+"""
+
+from __future__ import annotations
+
+import functools
+import hashlib
+import logging
+import os
+import re
+import shutil
+import stat
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from llmopt.compiler.errors import ToolchainError
+
+log = logging.getLogger(__name__)
+
+KERNEL_FOLDER = Path(__file__).parent / "kernels"
+
+_COMMON_FLAGS = (
+    "-std=c++17",
+    "-O3",
+    "-fPIC",
+    "-fvisibility=hidden",
+    "-ffp-contract=fast",
+    "-fno-math-errno",
+    "-fno-trapping-math",
+    "-fno-signed-zeros",
+    "-fno-semantic-interposition",
+    "-Wno-psabi",
+)
+
+
+@dataclass(frozen=True)
+class InstructionSet:
+    """A level that kernels are compiled for: its name, the CPU flags it needs, and the compiler's flags for it."""
+
+    name: str
+    needs: frozenset[str]
+    flags: tuple[str, ...]
+
+
+_AVX2 = ("avx2", "fma", "f16c", "bmi2")
+_AVX512 = (*_AVX2, "avx512f", "avx512bw", "avx512vl", "avx512dq")
+
+
+def _level(name: str, needs: Sequence[str]) -> InstructionSet:
+    return InstructionSet(name, frozenset(n.replace(".", "_") for n in needs), tuple(f"-m{n}" for n in needs))
+
+
+# Best first; the last one runs anywhere.
+LEVELS: tuple[InstructionSet, ...] = (
+    InstructionSet(
+        "avx512_bf16",
+        frozenset((*_AVX512, "avx512_vnni", "avx512_bf16")),
+        tuple(f"-m{n}" for n in (*_AVX512, "avx512vnni", "avx512bf16")),
+    ),
+    _level("avx512", _AVX512),
+    _level("avx2", _AVX2),
+    InstructionSet("portable", frozenset(), ()),
+)
+
+
+@functools.cache
+def host_level() -> InstructionSet:
+    """The best level that this machine's CPU reports."""
+    try:
+        text = Path("/proc/cpuinfo").read_text("utf-8")
+    except OSError:
+        return LEVELS[-1]
+    line = next((row for row in text.splitlines() if row.startswith("flags")), "")
+    flags = set(line.partition(":")[2].split())
+    return next(level for level in LEVELS if level.needs <= flags)
+
+
+@dataclass(frozen=True)
+class Compiler:
+    """A C++ compiler: its path and the first line of its version."""
+
+    path: str
+    version: str
+
+
+@functools.cache
+def find_compiler() -> Compiler:
+    """`$CXX`, else g++, else clang++; raises ToolchainError that says what to install when there is none."""
+    for candidate in (os.environ.get("CXX"), "g++", "clang++"):
+        path = shutil.which(candidate) if candidate else None
+        if path is None:
+            continue
+        answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
+        if answer.returncode == 0:
+            return Compiler(path, answer.stdout.splitlines()[0])
+    raise ToolchainError(
+        "no C++ compiler found; install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) "
+        "or point $CXX at one"
+    )
+
+
+@functools.cache
+def _header(name: str) -> tuple[str, frozenset[str]]:
+    """A kernel header's text and the names of the headers that it includes."""
+    text = (KERNEL_FOLDER / name).read_text("utf-8")
+    return text, _included(text)
+
+
+def _included(source: str) -> frozenset[str]:
+    return frozenset(re.findall(r'^#include "([\w.]+)"', source, re.MULTILINE))
+
+
+def _headers_digest(source: str) -> str:
+    """Hash of all headers that a source includes, directly or not: a change elsewhere keeps the object valid."""
+    names, todo = set[str](), set(_included(source))
+    while todo:
+        name = todo.pop()
+        names.add(name)
+        todo |= _header(name)[1] - names
+    digest = hashlib.sha256()
+    for name in sorted(names):
+        digest.update(f"{name}\0{_header(name)[0]}\0".encode())
+    return digest.hexdigest()
+
+
+def cache_folder() -> Path:
+    """The folder of compiled objects: `$LLMOPT_CACHE_DIR`, or llmopt/ in the user's cache directory.
+
+    Falls back, with a warning, to a fresh temporary folder when that one is not ours or not writable.
+    """
+    configured = os.environ.get("LLMOPT_CACHE_DIR")
+    if configured:
+        folder = Path(configured)
+    else:
+        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmopt"
+    return _usable_folder(folder)
+
+
+@functools.cache
+def _usable_folder(folder: Path) -> Path:
+    try:
+        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
+        status = folder.stat()
+        if status.st_uid != os.getuid():
+            raise PermissionError(f"{folder} belongs to another user")
+        if stat.S_IMODE(status.st_mode) & 0o077:
+            folder.chmod(0o700)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+        return folder
+    except OSError as error:
+        log.warning("kernel cache %s is unusable (%s); compiling into a temporary folder", folder, error)
+        return Path(tempfile.mkdtemp(prefix="llmopt-"))
+
+
+def _run(command: Sequence[str], what: str) -> None:
+    answer = subprocess.run(command, capture_output=True, text=True, check=False)
+    if answer.returncode != 0:
+        raise ToolchainError(f"{what}: the C++ compiler failed\n  {' '.join(command)}\n{answer.stderr[-4000:]}")
+
+
+def _publish(target: Path, command: Sequence[str], what: str) -> Path:
+    """Runs `command` with a temporary output file and renames the result to `target`."""
+    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
+    os.close(handle)
+    try:
+        _run([*command, "-o", temporary], what)
+        Path(temporary).replace(target)
+    finally:
+        Path(temporary).unlink(missing_ok=True)
+    return target
+
+
+def compile_object(source: str, level: InstructionSet, defines: Mapping[str, int] | None = None) -> Path:
+    """Compiles one translation unit to a cached object file.
+
+    `defines` are extra preprocessor symbols; they enter the key like everything else that shapes the object.
+    """
+    compiler = find_compiler()
+    flags = [*_COMMON_FLAGS, *level.flags, *(f"-D{k}={v}" for k, v in sorted((defines or {}).items()))]
+    parts = (source, " ".join(flags), compiler.path, compiler.version, _headers_digest(source))
+    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
+    folder = cache_folder()
+    target = folder / f"{key}.o"
+    if target.exists() and target.stat().st_size > 0:
+        return target
+    with tempfile.TemporaryDirectory(prefix="llmopt-") as build:
+        path = Path(build) / "kernel.cpp"
+        path.write_text(source, "utf-8")
+        return _publish(target, [compiler.path, *flags, "-I", str(KERNEL_FOLDER), "-c", str(path)], "kernel")
+
+
+def build_library(
+    sources: Sequence[str],
+    level: InstructionSet | None = None,
+    defines: Mapping[str, int] | None = None,
+) -> Path:
+    """One shared library of the step executor and the given kernel sources; objects come from the cache.
+
+    The library is cached too, under the hash of its objects' names. Nothing is linked against an OpenMP runtime: the
+    executor is handed the one that PyTorch loaded.
+    """
+    level = level or host_level()
+    executor = (KERNEL_FOLDER / "executor.cpp").read_text("utf-8")
+    workers = max(1, min(len(sources) + 1, len(os.sched_getaffinity(0))))
+    with ThreadPoolExecutor(workers) as pool:
+        objects = list(pool.map(lambda text: compile_object(text, level, defines), [executor, *sources]))
+    key = hashlib.sha256("\0".join(path.name for path in objects).encode()).hexdigest()[:32]
+    target = cache_folder() / f"{key}.so"
+    if target.exists() and target.stat().st_size > 0:
+        return target
+    return _publish(target, [find_compiler().path, "-shared", *map(str, objects)], "link")

@@ -1,0 +1,233 @@
+"""The attention ops of the vocabulary: over contiguous keys, and over a paged cache for a ragged batch."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import sympy
+import torch
+
+from llmopt.compiler.graph import to_expr
+from llmopt.compiler.opspec import Cost, Tolerance, nbytes, numel, register_op
+
+Tensor = torch.Tensor
+
+_SOFTMAX = {
+    torch.float32: Tolerance(1e-5, 1e-5, "softmax by online rescaling sums in another order"),
+    torch.bfloat16: Tolerance(1.6e-2, 1e-2, "scores in float32; eager's float32 softmax is rounded before the product"),
+    torch.float16: Tolerance(2e-3, 2e-3, "scores in float32; eager's float32 softmax is rounded before the product"),
+}
+
+
+def attend(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    visible: Tensor | None,
+    bias: Tensor | None,
+    scale: float,
+    softcap: float,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention of `q[B, S, H, D]` over `k[B, L, G, D]`, `v[B, L, G, E]` (G divides H) in float32: `[B, S, H, E]`.
+
+    Scores are scaled, capped to `softcap * tanh(score / softcap)` if softcap > 0, biased, and masked where `visible`
+    (broadcast to `[B, H, S, L]`) is false. A row that sees nothing gives zeros. `sinks[H]` are logits that take part in
+    the softmax and carry no value.
+    """
+    repeat = q.shape[2] // k.shape[2]
+    qt, kt, vt = (t.transpose(1, 2).float() for t in (q, k, v))
+    kt, vt = kt.repeat_interleave(repeat, 1), vt.repeat_interleave(repeat, 1)
+    scores = qt @ kt.transpose(-1, -2) * scale
+    if softcap > 0:
+        scores = softcap * torch.tanh(scores / softcap)
+    if bias is not None:
+        scores = scores + bias
+    if visible is not None:
+        scores = scores.masked_fill(~visible, float("-inf"))
+    if sinks is not None:
+        column = sinks.float().view(1, -1, 1, 1).expand(*scores.shape[:3], 1)
+        scores = torch.cat([scores, column], -1)
+    weights = torch.softmax(scores, -1)
+    weights = torch.where(torch.isnan(weights), torch.zeros(()), weights)
+    return (weights[..., : k.shape[1]] @ vt).transpose(1, 2).to(q.dtype).contiguous()
+
+
+def _attention_cost(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *_: Any) -> Cost:
+    batch, queries, heads, width = (to_expr(size) for size in q.shape)
+    keys, value_width = to_expr(k.shape[1]), to_expr(v.shape[3])
+    # Keys that a causal rule or a window hides are counted: what is skipped depends on the kernel.
+    flops = 2 * batch * queries * heads * keys * (width + value_width)
+    written = batch * queries * heads * value_width * q.element_size()
+    return Cost(flops, nbytes(q, k, v, mask), written)
+
+
+def _attention_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    make = lambda *shape: torch.randn(shape, generator=rng).to(dtype)  # noqa: E731
+    for batch, s, length, heads, groups, size in [(1, 1, 5, 2, 1, 8), (2, 9, 9, 4, 2, 16), (1, 33, 40, 3, 3, 20)]:
+        q, k, v = make(batch, s, heads, size), make(batch, length, groups, size), make(batch, length, groups, size)
+        scale = size**-0.5
+        yield q, k, v, None, False, scale, 0.0, 0, None, None
+        yield q, k, v, None, True, scale, 2.0, 4, None, None
+        yield q, k, v, None, True, scale, 0.0, 0, torch.rand(heads, generator=rng), None
+        mask = torch.rand(batch, 1, s, length, generator=rng) > 0.3
+        mask[..., 0] = True
+        yield q, k, v, mask, False, scale, 0.0, 0, None, None
+        additive = torch.randn(1, heads, s, length, generator=rng).to(dtype)
+        yield q, k, v, additive, False, scale, 0.0, 0, None, None
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:3], v.shape[3]))
+
+
+@register_op(
+    "attention(Tensor q, Tensor k, Tensor v, Tensor? mask, bool causal, float scale, float softcap, int window,"
+    " Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    fake=_attention_fake,
+    cost=_attention_cost,
+    samples=_attention_samples,
+    tolerances=_SOFTMAX,
+)
+def attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    mask: Tensor | None,
+    causal: bool,
+    scale: float,
+    softcap: float,
+    window: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Attention over contiguous keys: `q[B, S, H, D]`, `k[B, L, G, D]`, `v[B, L, G, E]` -> `[B, S, H, E]`.
+
+    `mask` broadcasts to `[B, H, S, L]`: boolean (true may attend) or additive. `causal`: query i sees keys j <= i, as
+    `scaled_dot_product_attention(is_causal=True)`; `window` > 0 additionally asks j > i - window. `alibi_slopes[H]` and
+    `sinks[H]` as in `paged_attention`.
+    """
+    visible = bias = None
+    if mask is not None and mask.dtype == torch.bool:
+        visible = mask
+    elif mask is not None:
+        bias = mask.float()
+    if causal or window:
+        i = torch.arange(q.shape[1], device=q.device)[:, None]
+        j = torch.arange(k.shape[1], device=q.device)[None, :]
+        rule = j <= i
+        if window:
+            rule = rule & (j > i - window)
+        visible = rule if visible is None else visible & rule
+    if alibi_slopes is not None:
+        slope = alibi_slopes.view(1, -1, 1, 1) * torch.arange(k.shape[1], device=q.device)
+        bias = slope if bias is None else bias + slope
+    return attend(q, k, v, visible, bias, scale, softcap, sinks)
+
+
+def _paged_cost(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Cost:
+    # The context of a batch is data, not a size: `context` stands for the keys that a query sees on average.
+    context = sympy.Symbol("context", positive=True)
+    heads, width = (to_expr(size) for size in q.shape[-2:])
+    groups, value_width = to_expr(k.shape[-2]), to_expr(v.shape[-1])
+    tokens = numel(q) / (heads * width)
+    requests = to_expr(rest[5].shape[0])
+    cached = requests * context * groups * (width + value_width) * k.element_size()
+    written = nbytes(k, v) + tokens * heads * value_width * q.element_size()
+    return Cost(2 * tokens * heads * context * (width + value_width), nbytes(q, k, v) + cached, written)
+
+
+def _paged_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    make = lambda *shape: torch.randn(shape, generator=rng).to(dtype)  # noqa: E731
+    block_size = 4
+    for heads, groups, size, options in [
+        (4, 2, 16, (0.0, 0, None, None)),
+        (2, 1, 9, (1.5, 3, None, None)),
+        (3, 3, 8, (0.0, 0, torch.rand(3, generator=rng), None)),
+        (4, 2, 8, (0.0, 5, None, torch.randn(4, generator=rng))),
+    ]:
+        query_lengths, lengths = [1, 5, 3], [7, 5, 18]
+        blocks = [-(-n // block_size) for n in lengths]
+        order = torch.randperm(sum(blocks) + 2, generator=rng).tolist()
+        table = torch.zeros(3, max(blocks), dtype=torch.int32)
+        slots = []
+        for row, (count, n) in enumerate(zip(query_lengths, lengths, strict=True)):
+            mine, order = order[: blocks[row]], order[blocks[row] :]
+            table[row, : blocks[row]] = torch.tensor(mine, dtype=torch.int32)
+            slots += [mine[p // block_size] * block_size + p % block_size for p in range(n - count, n)]
+        tokens, pool = sum(query_lengths), sum(blocks) + 2
+        softcap, window, slopes, sinks = options
+        yield (
+            make(1, tokens, heads, size),
+            make(1, tokens, groups, size),
+            make(1, tokens, groups, size),
+            make(pool, groups, block_size, size),
+            make(pool, groups, block_size, size),
+            torch.tensor(slots),
+            table,
+            torch.tensor([0, 1, 6, 9], dtype=torch.int32),
+            torch.tensor(lengths, dtype=torch.int32),
+            size**-0.5,
+            softcap,
+            window,
+            slopes,
+            sinks,
+        )
+
+
+def _paged_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
+    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+
+
+@register_op(
+    "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
+    " Tensor block_tables, Tensor cu_seqlens_q, Tensor seq_lens, float scale, float softcap, int window,"
+    " Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    fake=_paged_fake,
+    cost=_paged_cost,
+    samples=_paged_samples,
+    tolerances=_SOFTMAX,
+)
+def paged_attention(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    slot_mapping: Tensor,
+    block_tables: Tensor,
+    cu_seqlens_q: Tensor,
+    seq_lens: Tensor,
+    scale: float,
+    softcap: float,
+    window: int,
+    alibi_slopes: Tensor | None,
+    sinks: Tensor | None,
+) -> Tensor:
+    """Writes this step's keys and values into the cache, then attends causally over each request's pages.
+
+    A step is a ragged batch: the tokens of all B requests lie flat, request b has rows `cu_seqlens_q[b]` to
+    `cu_seqlens_q[b + 1]` of q `[1, T, H, D]`, k `[1, T, G, D]`, v `[1, T, G, E]`. `seq_lens[b]` counts its tokens, with
+    these, so its queries stand at the last positions. Caches are `[blocks, G, block_size, D or E]` (paged as in
+    vLLM, Kwon et al. 2023); token t goes to slot `slot_mapping[t]` = block * block_size + offset, -1 is not stored;
+    `block_tables[b]` lists the blocks of request b. Scores as in `attend`, plus `alibi_slopes[h] * key position`
+    (Press et al., 2022). Gives `[1, T, H, E]`.
+    """
+    block_size = k_cache.shape[2]
+    stored = slot_mapping >= 0
+    block, offset = slot_mapping[stored] // block_size, slot_mapping[stored] % block_size
+    k_cache[block, :, offset] = k[0, stored]
+    v_cache[block, :, offset] = v[0, stored]
+    out = q.new_empty((*q.shape[:-1], v.shape[-1]))
+    starts = cu_seqlens_q.tolist()
+    for row, length in enumerate(seq_lens.tolist()):
+        rows = slice(starts[row], starts[row + 1])
+        blocks = block_tables[row, : -(-length // block_size)].long()
+        keys, values = (c[blocks].transpose(1, 2).flatten(0, 1)[None, :length] for c in (k_cache, v_cache))
+        i = torch.arange(length - (starts[row + 1] - starts[row]), length)[:, None]
+        j = torch.arange(length)[None, :]
+        visible = (j <= i) & (j > i - window) if window else j <= i
+        bias = None if alibi_slopes is None else alibi_slopes.view(1, -1, 1, 1) * j
+        out[:, rows] = attend(q[:, rows], keys, values, visible, bias, scale, softcap, sinks)
+    return out

@@ -1,0 +1,294 @@
+"""Working with FX graphs: typed access to values, insertion of nodes that keep their metadata, printing.
+
+Every node that computes something carries `meta["val"]`, the fake tensor, symbolic integer or tuple that it stands for.
+All passes insert nodes through `Rewriter`, which computes that value, so shapes, dtypes and strides never go stale.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.node import Node
+
+from llmopt.compiler.errors import UnsupportedError
+
+aten = torch.ops.aten
+
+# Ops whose result shares the memory of their first argument.
+VIEW_OPS: frozenset[Any] = frozenset(
+    {
+        aten.alias.default,
+        aten.detach.default,
+        aten.expand.default,
+        aten.permute.default,
+        aten.select.int,
+        aten.slice.Tensor,
+        aten.split.Tensor,
+        aten.split_with_sizes.default,
+        aten.chunk.default,
+        aten.unbind.int,
+        aten.squeeze.default,
+        aten.squeeze.dim,
+        aten.squeeze.dims,
+        aten.t.default,
+        aten.transpose.int,
+        aten.unsqueeze.default,
+        aten.view.default,
+        aten._unsafe_view.default,
+        aten.unflatten.int,
+    }
+)
+
+
+def is_op(node: object, *targets: Any) -> bool:
+    """Whether `node` is a call of one of `targets`."""
+    return isinstance(node, Node) and node.op == "call_function" and node.target in targets
+
+
+def value(node: Node) -> Any:
+    """The fake value of a node; raises KeyError when a pass forgot to set it."""
+    return node.meta["val"]
+
+
+def tensor(node: Node) -> torch.Tensor:
+    """The fake tensor of a node that computes one."""
+    val = node.meta["val"]
+    if not isinstance(val, torch.Tensor):
+        raise TypeError(f"{node.name} is not a tensor but {type(val).__name__}")
+    return val
+
+
+def is_tensor(node: object) -> bool:
+    """Whether `node` is a graph node that computes one tensor."""
+    return isinstance(node, Node) and isinstance(node.meta.get("val"), torch.Tensor)
+
+
+def to_expr(size: Any) -> sympy.Expr:
+    """A size (int, SymInt, or the node of one) as a sympy expression."""
+    if isinstance(size, Node):
+        size = value(size)
+    if isinstance(size, torch.SymInt):
+        return size.node.expr
+    return sympy.Integer(size)
+
+
+def same_size(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal for every value of their symbols."""
+    return bool(sympy.expand(to_expr(a) - to_expr(b)) == 0)
+
+
+def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
+    """Whether two shapes are equal for every value of their symbols."""
+    return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def view_base(node: Node) -> Node:
+    """The node that owns the memory which `node` looks at: walks up views and elements of split results."""
+    while node.op == "call_function":
+        if node.target in VIEW_OPS or (
+            node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target in VIEW_OPS
+        ):
+            node = node.args[0]
+        else:
+            break
+    return node
+
+
+def location(node: Node) -> str | None:
+    """The line of the user's model that a node came from: "file.py:12 in forward, code: ..."."""
+    trace = node.meta.get("stack_trace")
+    if not trace:
+        return None
+    rows = [row.strip() for row in trace.strip().splitlines() if row.strip()]
+    for i in range(len(rows) - 1, -1, -1):
+        if rows[i].startswith("File "):
+            file, line, where = (part.strip() for part in [*rows[i][5:].split(","), "", ""][:3])
+            code = f", code: {rows[i + 1]}" if i + 1 < len(rows) else ""
+            return f"{file.strip(chr(34))}:{line.removeprefix('line ')} {where}{code}"
+    return None
+
+
+def fake_mode(graph: fx.Graph) -> FakeTensorMode:
+    """The fake mode that the values of `graph` belong to."""
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if isinstance(val, FakeTensor):
+            return val.fake_mode
+    raise UnsupportedError("the graph computes no tensor")
+
+
+def fake_call(mode: FakeTensorMode, target: Callable[..., Any], args: Any, kwargs: Any) -> Any:
+    """What `target` returns on the fake values of the nodes in `args` and `kwargs`."""
+    args, kwargs = fx.node.map_arg((args, kwargs), lambda n: n.meta["val"])
+    # Inference tensors and autograd views would leak into the strides and versions of fakes.
+    with mode, torch.no_grad(), enable_python_dispatcher():
+        return target(*args, **kwargs)
+
+
+class Rewriter:
+    """Edits one graph. `call` inserts where `at(node)` points, with values and the origin of the node replaced."""
+
+    def __init__(self, graph: fx.Graph) -> None:
+        self.graph = graph
+        self.mode = fake_mode(graph)
+        self._origin: Node | None = None
+
+    def before(self, node: Node) -> Any:
+        """Context manager: insert before `node`, inheriting its source location."""
+        self._origin = node
+        return self.graph.inserting_before(node)
+
+    def after(self, node: Node) -> Any:
+        """Context manager: insert after `node`, inheriting its source location."""
+        self._origin = node
+        return self.graph.inserting_after(node)
+
+    def call(self, target: Any, *args: Any, **kwargs: Any) -> Node:
+        """Inserts `target(*args, **kwargs)` with its fake value."""
+        val = fake_call(self.mode, target, args, kwargs)
+        node = self.graph.call_function(target, args, kwargs)
+        node.meta["val"] = val
+        if self._origin is not None and "stack_trace" in self._origin.meta:
+            node.meta["stack_trace"] = self._origin.meta["stack_trace"]
+        return node
+
+    def reshape(self, node: Node, sizes: Sequence[Any]) -> Node:
+        """Inserts a view of `node` in another shape, of a dense copy where its strides allow no view."""
+        try:
+            return self.call(aten.view.default, node, list(sizes))
+        except (RuntimeError, ValueError):
+            dense = self.call(aten.clone.default, node, memory_format=torch.contiguous_format)
+            return self.call(aten.view.default, dense, list(sizes))
+
+    def replace(self, node: Node, by: Node) -> None:
+        """Every user of `node` reads `by` from now on; `node` and what only it needed is erased."""
+        node.replace_all_uses_with(by)
+        self.erase(node)
+
+    def erase(self, node: Node) -> None:
+        """Removes `node` if nothing uses it, and then its arguments likewise."""
+        if node.users or node.op in ("placeholder", "output") or node.graph is not self.graph:
+            return
+        inputs = node.all_input_nodes
+        if node._erased:
+            return
+        self.graph.erase_node(node)
+        for child in inputs:
+            self.erase(child)
+
+
+def refresh_values(graph: fx.Graph) -> None:
+    """Recomputes `meta["val"]` of every node in order; inserts a copy before a view whose input no longer allows it."""
+    rewriter = Rewriter(graph)
+    for node in list(graph.nodes):
+        if node.op != "call_function":
+            continue
+        with rewriter.before(node):
+            try:
+                fresh = _evaluate(rewriter, node)
+            except (RuntimeError, ValueError):
+                if not is_op(node, aten.view.default):
+                    raise
+                flat = rewriter.call(aten.clone.default, node.args[0], memory_format=torch.contiguous_format)
+                node.update_arg(0, flat)
+                fresh = _evaluate(rewriter, node)
+        node.meta["val"] = fresh
+
+
+def _evaluate(rewriter: Rewriter, node: Node) -> Any:
+    return fake_call(rewriter.mode, node.target, node.args, node.kwargs)
+
+
+def nodes_of(graph: fx.Graph, *targets: Any) -> Iterator[Node]:
+    """The calls of `targets`, in graph order; safe against erasing while iterating."""
+    for node in list(graph.nodes):
+        if not node._erased and is_op(node, *targets):
+            yield node
+
+
+def placeholders(graph: fx.Graph) -> list[Node]:
+    """The inputs of a graph, in order."""
+    return [node for node in graph.nodes if node.op == "placeholder"]
+
+
+def outputs(graph: fx.Graph) -> list[Any]:
+    """The flat list of what a graph returns."""
+    return list(graph.output_node().args[0])
+
+
+def reachable(start: Iterable[Node], step: Callable[[Node], Iterable[Node]]) -> set[Node]:
+    """All nodes that `step` leads to from `start`, `start` included."""
+    seen: set[Node] = set()
+    stack = list(start)
+    while stack:
+        node = stack.pop()
+        if node not in seen:
+            seen.add(node)
+            stack.extend(step(node))
+    return seen
+
+
+def _type_text(val: Any) -> str:
+    if isinstance(val, torch.Tensor):
+        short = {"float": "f", "bfloat": "bf", "int": "i", "uint": "u", "bool": "b8"}
+        name = str(val.dtype).removeprefix("torch.")
+        stem = name.rstrip("0123456789")
+        sizes = ", ".join(str(s) for s in val.shape)
+        return f"{short.get(stem, stem)}{name[len(stem) :]}[{sizes}]"
+    if isinstance(val, torch.SymInt):
+        return f"Sym({val})"
+    if isinstance(val, list | tuple):
+        return "(" + ", ".join(_type_text(v) for v in val) + ")"
+    return type(val).__name__
+
+
+def _arg_text(arg: Any) -> str:
+    if isinstance(arg, list | tuple):
+        return "[" + ", ".join(map(_arg_text, arg)) + "]"
+    return str(arg)
+
+
+def graph_text(graph: fx.Graph) -> str:
+    """A graph as readable Python: one line a node with its type, stable names in order of definition."""
+    names: dict[Node, str] = {}
+    count: dict[str, int] = {}
+    rows = []
+    rename = lambda arg: fx.node.map_arg(arg, lambda n: _Name(names.get(n, n.name)))  # noqa: E731
+    for node in graph.nodes:
+        if node.op == "output":
+            rows.append(f"return {_arg_text(rename(node.args[0]))}")
+            continue
+        if node.op == "placeholder":
+            stem = "arg"
+        else:
+            stem = (
+                str(node.target).split(".")[-2] if "." in str(node.target) else node._pretty_print_target(node.target)
+            )
+            stem = stem.split(".")[-1]
+        number = count[stem] = count.get(stem, -1) + 1
+        names[node] = f"{stem}_{number}" if number or node.op == "placeholder" else stem
+        label = f"{names[node]}: {_type_text(node.meta.get('val'))}"
+        if node.op == "placeholder":
+            rows.append(label)
+            continue
+        args = [_arg_text(rename(a)) for a in node.args]
+        args += [f"{k}={_arg_text(rename(v))}" for k, v in node.kwargs.items()]
+        target = str(node.target) if "." in str(node.target) else stem
+        rows.append(f"{label} = {target}({', '.join(args)})")
+    return "\n".join(rows)
+
+
+class _Name(str):
+    """A node's printed name, which must not be quoted."""
+
+    __slots__ = ()
+
+    def __repr__(self) -> str:
+        return str(self)

@@ -1,0 +1,109 @@
+"""What it takes to be an op of llmopt: schema, meaning, cost, samples and tolerances, all declared in one place.
+
+The reference is plain PyTorch. It is the oracle of every kernel's test, the shape function, and the fallback on any
+device, so an op without a kernel still works.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import sympy
+import torch
+
+LIBRARY = torch.library.Library("llmopt", "DEF")
+
+
+@dataclass(frozen=True)
+class Tolerance:
+    """Largest accepted |kernel - reference| as atol + rtol * |reference|, with the reason for the numbers."""
+
+    rtol: float
+    atol: float
+    reason: str
+
+
+@dataclass(frozen=True)
+class Cost:
+    """Work of one call in symbolic sizes: floating-point operations, bytes read, bytes written."""
+
+    flops: sympy.Expr
+    bytes_read: sympy.Expr
+    bytes_written: sympy.Expr
+
+
+# PyTorch's own defaults of assert_close; an op names others only with a reason.
+_ROUNDING = "one rounding to the storage type, as torch.testing.assert_close assumes"
+DEFAULT_TOLERANCES: dict[torch.dtype, Tolerance] = {
+    torch.float32: Tolerance(1.3e-6, 1e-5, _ROUNDING),
+    torch.bfloat16: Tolerance(1.6e-2, 1e-5, _ROUNDING),
+    torch.float16: Tolerance(1e-3, 1e-5, _ROUNDING),
+}
+
+
+@dataclass(frozen=True)
+class OpSpec:
+    """One op of the vocabulary.
+
+    reference: the meaning in plain PyTorch, with the op's schema.
+    cost: takes the op's (fake) arguments and gives its Cost.
+    samples: yields argument tuples of one dtype on fresh random data, odd sizes included.
+    tolerances: by dtype, for kernels against the reference.
+    """
+
+    name: str
+    schema: str
+    reference: Callable[..., Any]
+    cost: Callable[..., Cost]
+    samples: Callable[[torch.dtype, torch.Generator], Iterator[tuple[Any, ...]]]
+    tolerances: dict[torch.dtype, Tolerance]
+
+    @property
+    def overload(self) -> Any:
+        """The op as it stands in graphs: `torch.ops.llmopt.<name>.default`."""
+        return getattr(torch.ops.llmopt, self.name).default
+
+
+OPS: dict[str, OpSpec] = {}
+
+
+def register_op(
+    schema: str,
+    *,
+    fake: Callable[..., Any],
+    cost: Callable[..., Cost],
+    samples: Callable[[torch.dtype, torch.Generator], Iterator[tuple[Any, ...]]],
+    tolerances: dict[torch.dtype, Tolerance] | None = None,
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Declares `llmopt::<schema>` with the decorated function as its reference; `fake` gives shapes and dtypes."""
+    name = schema.partition("(")[0]
+
+    def decorate(reference: Callable[..., Any]) -> Callable[..., Any]:
+        LIBRARY.define(schema)
+        LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
+        torch.library.register_fake(f"llmopt::{name}", fake, lib=LIBRARY)
+        OPS[name] = OpSpec(name, schema, reference, cost, samples, {**DEFAULT_TOLERANCES, **(tolerances or {})})
+        return reference
+
+    return decorate
+
+
+def spec_of(target: object) -> OpSpec | None:
+    """The OpSpec of a graph node's target, or None if it is not an llmopt op."""
+    name = str(target)
+    return OPS.get(name.split(".")[1]) if name.startswith("llmopt.") else None
+
+
+def numel(tensor: torch.Tensor) -> sympy.Expr:
+    """Number of elements as a sympy expression."""
+    total: sympy.Expr = sympy.Integer(1)
+    for size in tensor.shape:
+        total = total * (size.node.expr if isinstance(size, torch.SymInt) else sympy.Integer(size))
+    return total
+
+
+def nbytes(*tensors: torch.Tensor | None) -> sympy.Expr:
+    """Bytes of all given tensors together."""
+    return sum((numel(t) * t.element_size() for t in tensors if t is not None), sympy.Integer(0))

@@ -1,0 +1,137 @@
+"""Every setting of llmopt, in one frozen dataclass that is validated once. The only reader of `LLMOPT_*` variables."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from llmopt.compiler.errors import OptionError
+
+_DTYPES = {
+    "auto": None,
+    "float32": torch.float32,
+    "bfloat16": torch.bfloat16,
+    "float16": torch.float16,
+}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Settings of a compilation and of the engine around it.
+
+    dtype: "auto" keeps the model's own type; "float32", "bfloat16" or "float16" casts the weights.
+    threads: CPU threads of a step; 0 means as many as `torch.get_num_threads()` says at each call.
+    block_size: tokens in one page of the KV cache.
+    kv_cache_memory_bytes: memory of the KV cache; 0 sizes it for the requests of a call, `max_num_seqs` at a time.
+    max_model_len: longest sequence, prompt included; 0 takes the model's own limit.
+    max_num_seqs: requests that are decoded together.
+    max_num_batched_tokens: most tokens of one step; longer prompts are prefilled in several.
+    disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
+    fuel: stop rewriting after so many matches, to bisect a wrong result; -1 is unlimited (also `LLMOPT_FUEL`).
+    verify: run the graph before and after each pass on random inputs and raise when a pass exceeds its error budget
+        (also `LLMOPT_VERIFY=1`).
+    fallback: what happens to ops without a kernel: "warn" runs them on ATen and says so once, "silent" only records
+        it for `explain`, "error" refuses the graph.
+    """
+
+    dtype: str = "auto"
+    threads: int = 0
+    block_size: int = 16
+    kv_cache_memory_bytes: int = 0
+    max_model_len: int = 0
+    max_num_seqs: int = 16
+    max_num_batched_tokens: int = 2048
+    disabled_passes: tuple[str, ...] = ()
+    fuel: int = -1
+    verify: bool = False
+    fallback: str = "silent"
+
+    def __post_init__(self) -> None:
+        for field in dataclasses.fields(self):
+            _RULES[field.name](field.name, getattr(self, field.name))
+
+    @staticmethod
+    def make(options: Mapping[str, Any] | Options | None = None, **more: Any) -> Options:
+        """Options from keyword arguments and the environment; an unknown name raises OptionError.
+
+        What the caller gives wins over the environment.
+        """
+        if isinstance(options, Options):
+            return dataclasses.replace(options, **_checked(more)) if more else options
+        return Options(**{**_from_environment(), **_checked({**(options or {}), **more})})
+
+    @property
+    def torch_dtype(self) -> torch.dtype | None:
+        """The dtype to cast to, or None to keep the model's."""
+        return _DTYPES[self.dtype]
+
+
+def _checked(given: Mapping[str, Any]) -> dict[str, Any]:
+    known = [field.name for field in dataclasses.fields(Options)]
+    for name, val in given.items():
+        if name not in known:
+            raise OptionError(name, val, known)
+    result = dict(given)
+    if isinstance(result.get("dtype"), torch.dtype):
+        result["dtype"] = str(result["dtype"]).removeprefix("torch.")
+    if isinstance(result.get("disabled_passes"), list | set | frozenset):
+        result["disabled_passes"] = tuple(result["disabled_passes"])
+    return result
+
+
+def _from_environment() -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    if disabled := os.environ.get("LLMOPT_DISABLE"):
+        found["disabled_passes"] = tuple(name.strip() for name in disabled.split(",") if name.strip())
+    if fuel := os.environ.get("LLMOPT_FUEL"):
+        try:
+            found["fuel"] = int(fuel)
+        except ValueError:
+            raise OptionError("LLMOPT_FUEL", fuel, "a whole number, -1 for unlimited") from None
+    if verify := os.environ.get("LLMOPT_VERIFY"):
+        if verify not in ("0", "1"):
+            raise OptionError("LLMOPT_VERIFY", verify, ("0", "1"))
+        found["verify"] = verify == "1"
+    return found
+
+
+def _whole(least: int, most: int = 1 << 62) -> Callable[[str, Any], None]:
+    def check(name: str, val: Any) -> None:
+        if not isinstance(val, int) or isinstance(val, bool) or not least <= val <= most:
+            limit = f" to {most}" if most < 1 << 62 else " or more"
+            raise OptionError(name, val, f"a whole number, {least}{limit}")
+
+    return check
+
+
+def _one_of(*allowed: Any) -> Callable[[str, Any], None]:
+    def check(name: str, val: Any) -> None:
+        if val not in allowed or isinstance(val, bool) is not isinstance(allowed[0], bool):
+            raise OptionError(name, val, allowed)
+
+    return check
+
+
+def _names(name: str, val: Any) -> None:
+    if not isinstance(val, tuple) or not all(isinstance(item, str) for item in val):
+        raise OptionError(name, val, "a tuple of pass names")
+
+
+_RULES: dict[str, Callable[[str, Any], None]] = {
+    "dtype": _one_of(*_DTYPES),
+    "threads": _whole(0, 1024),
+    "block_size": _whole(1, 1024),
+    "kv_cache_memory_bytes": _whole(0),
+    "max_model_len": _whole(0),
+    "max_num_seqs": _whole(1, 4096),
+    "max_num_batched_tokens": _whole(1),
+    "disabled_passes": _names,
+    "fuel": _whole(-1),
+    "verify": _one_of(True, False),
+    "fallback": _one_of("silent", "warn", "error"),
+}

@@ -1,0 +1,287 @@
+"""Turns a cache-less causal model into one step over a ragged batch with a paged KV cache.
+
+The captured graph computes `logits[1, S, V]` from `input_ids[1, S]`. Nothing in it knows about caches. If all that
+mixes positions is causal attention, then the S rows may as well be the tokens of many requests, provided that attention
+looks up each request's own keys and that positions are given instead of counted.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+import sympy
+import torch
+from torch import fx
+from torch._dynamo.source import ConstantSource
+from torch.fx.experimental.symbolic_shapes import DimDynamic
+from torch.fx.node import Node
+
+from llmopt.compiler.errors import UnsupportedError
+from llmopt.compiler.graph import (
+    Rewriter,
+    aten,
+    is_op,
+    is_tensor,
+    location,
+    nodes_of,
+    outputs,
+    placeholders,
+    refresh_values,
+    tensor,
+    to_expr,
+)
+from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
+from llmopt.compiler.step import STEP_INPUTS, CacheSpec
+from llmopt.compiler.vocabulary import llmopt_ops
+from llmopt.passes.matching import depends_only_on
+from llmopt.passes.point_values import NotEvaluable, PointValues
+from llmopt.passes.row_locality import ATTENTION, RowLocality, is_row_map
+
+# Hints of the new symbols: distinct, and neither 0 nor 1, which PyTorch would specialise.
+_HINTS = {"num_seqs": 5, "max_blocks": 7, "num_rows": 3, "num_blocks": 23}
+
+
+@dataclass
+class StepInputs:
+    """The placeholders of a step graph, by name; caches in layer order, K and V in turn."""
+
+    nodes: dict[str, Node] = field(default_factory=dict)
+    caches: list[CacheSpec] = field(default_factory=list)
+
+
+@dataclass(frozen=True)
+class InsertKVCache(Pass):
+    """Before: `logits[1, S, V] = f(input_ids[1, S])` with `attention(q, k, v, causal)` inside.
+    After: `logits[R, V] = f(input_ids[T], positions[T], slot_mapping[T], cu_seqlens_q[B + 1], seq_lens[B],
+    block_tables[B, N], logits_indices[R], k_cache_0, v_cache_0, ...)` with `paged_attention`.
+
+    Counted positions (arange, running sums of ones) become `positions`; the rest of the graph is proved row-local;
+    logits are computed only for the rows `logits_indices`. What cannot be proved raises UnsupportedError with the op
+    and the line of the user's model.
+    """
+
+    name = "insert_kv_cache"
+    preserves_signature = False
+    required = True
+
+    block_size: int = 16
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassReport:
+        report = PassReport(self.name)
+        size, ids = _inputs(graph)
+        symbol = to_expr(tensor(ids).shape[1])
+        if not isinstance(symbol, sympy.Symbol):
+            raise UnsupportedError("the sequence length was specialised during capture")
+        rewriter = Rewriter(graph)
+        step = _add_inputs(graph, rewriter, ids, size, self.block_size)
+        _replace_positions(graph, rewriter, step, symbol, report)
+        _replace_attention(graph, rewriter, step, symbol, self.block_size, report)
+        _gather_logits(graph, rewriter, step, symbol)
+        graph.eliminate_dead_code()
+        refresh_values(graph)
+        report.notes.append(f"{len(step.caches)} attention layers")
+        return report
+
+
+def _inputs(graph: fx.Graph) -> tuple[Node | None, Node]:
+    """The sequence length and the token ids: all that a cache-less forward may take besides weights."""
+    user = [n for n in placeholders(graph) if not n.meta.get("weight")]
+    ids = [n for n in user if is_tensor(n)]
+    sizes = [n for n in user if not is_tensor(n)]
+    if len(ids) != 1 or len(sizes) > 1 or tensor(ids[0]).ndim != 2 or tensor(ids[0]).shape[0] != 1:
+        raise UnsupportedError(f"a step graph is made from input_ids[1, S] alone, not from {[n.name for n in user]}")
+    return (sizes[0] if sizes else None), ids[0]
+
+
+def _new_size(rewriter: Rewriter, name: str) -> torch.SymInt:
+    env: Any = rewriter.mode.shape_env
+    source = ConstantSource(name)
+    symbol = env.create_symbol(_HINTS[name], source, DimDynamic.DYNAMIC, None)
+    return env.create_symintnode(symbol, hint=_HINTS[name], source=source)
+
+
+def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | None, block_size: int) -> StepInputs:
+    step = StepInputs()
+    tokens = tensor(ids).shape[1]
+    seqs, blocks, rows = (_new_size(rewriter, n) for n in ("num_seqs", "max_blocks", "num_rows"))
+    shapes: dict[str, tuple[Any, ...]] = {
+        "input_ids": (tokens,),
+        "positions": (tokens,),
+        "slot_mapping": (tokens,),
+        "cu_seqlens_q": (seqs + 1,),
+        "seq_lens": (seqs,),
+        "block_tables": (seqs, blocks),
+        "logits_indices": (rows,),
+    }
+    first = placeholders(graph)[0]
+    for name, dtype in STEP_INPUTS.items():
+        with graph.inserting_before(first):
+            node = graph.placeholder(name)
+        with rewriter.mode:
+            node.meta["val"] = torch.empty(shapes[name], dtype=dtype)
+        step.nodes[name] = node
+    after = placeholders(graph)[-1].next
+    with rewriter.before(after):
+        flat = rewriter.call(aten.unsqueeze.default, step.nodes["input_ids"], 0)
+        ids.replace_all_uses_with(flat)
+        if size is not None:
+            size.replace_all_uses_with(rewriter.call(aten.sym_size.int, step.nodes["input_ids"], 0))
+    for node in (ids, size):
+        if node is not None:
+            graph.erase_node(node)
+    return step
+
+
+def _replace_positions(
+    graph: fx.Graph, rewriter: Rewriter, step: StepInputs, symbol: sympy.Symbol, report: PassReport
+) -> None:
+    """Values counted along the sequence become `a * positions + b`."""
+    counts = {n for n in graph.nodes if is_op(n, aten.sym_size.int) and n.args[0] is step.nodes["input_ids"]}
+    formulas = depends_only_on(graph.nodes, counts)
+    live = {n for n in graph.nodes if n in formulas and any(u not in formulas for u in n.users)}
+    plans: dict[Node, _Count] = {}
+    for node in [n for n in graph.nodes if n in live and is_tensor(n)]:
+        if _row_dims(node, symbol) and all(u.target is ATTENTION for u in node.users):
+            raise UnsupportedError(
+                "the model cannot run over a paged KV cache: an attention mask follows no known rule",
+                operation=str(node.target),
+                location=location(next(iter(node.users))),
+            )
+        _plan_count(node, symbol, formulas, plans)
+    # Planned on the graph as it was: one count may be computed from another.
+    for node in [n for n in graph.nodes if n in plans]:
+        count = plans[node]
+        with rewriter.before(node):
+            new = step.nodes["positions"]
+            shape = [-1 if d == count.dim else 1 for d in range(tensor(node).ndim)]
+            new = rewriter.call(aten.view.default, new, shape) if len(shape) > 1 else new
+            if count.factor != 1:
+                new = rewriter.call(aten.mul.Tensor, new, count.factor)
+            if count.offset != 0:
+                new = rewriter.call(aten.add.Tensor, new, count.offset)
+            if tensor(new).dtype != tensor(node).dtype:
+                new = rewriter.call(aten._to_copy.default, new, dtype=tensor(node).dtype)
+        rewriter.replace(node, new)
+        report.matched += 1
+
+
+@dataclass(frozen=True)
+class _Count:
+    """Entry i along dimension `dim`, the only one that is not 1, is `factor * i + offset`."""
+
+    dim: int
+    factor: int
+    offset: int
+
+
+def _row_dims(node: Node, symbol: sympy.Symbol) -> list[int]:
+    return [d for d, size in enumerate(tensor(node).shape) if symbol in to_expr(size).free_symbols]
+
+
+def _plan_count(node: Node, symbol: sympy.Symbol, formulas: set[Node], plans: dict[Node, _Count]) -> None:
+    """Enters how `node` counts along the sequence; of what is no count, its inputs, from which it is then computed."""
+    dims = _row_dims(node, symbol)
+    if not dims or node in plans:
+        return
+    refuse = lambda why: UnsupportedError(  # noqa: E731
+        f"the model cannot run over a paged KV cache: {why}", operation=str(node.target), location=location(node)
+    )
+    if len(dims) > 1:
+        raise refuse("a table over pairs of positions is computed in the graph")
+    if to_expr(tensor(node).shape[dims[0]]) != symbol:
+        raise refuse(f"{tensor(node).shape[dims[0]]} values are counted along the sequence")
+    entries = []
+    for length in (5, 11):
+        try:
+            entries.append(PointValues({symbol: length}).whole(node).double().movedim(dims[0], 0))
+        except NotEvaluable as error:
+            raise refuse(str(error)) from None
+    short, long = entries
+    if not torch.equal(short, long[: len(short)]):
+        raise refuse("positions depend on the length")
+    row = long.flatten()
+    if len(row) == len(long):
+        factor, offset = float(row[1] - row[0]), float(row[0])
+        linear = bool((row == factor * torch.arange(len(row)) + offset).all())
+        if linear and factor == int(factor) and offset == int(offset):
+            plans[node] = _Count(dims[0], int(factor), int(offset))
+            return
+    # Row i holds some function of i: fine if it is computed from counts, which `RowLocality` checks afterwards.
+    sources = [n for n in node.all_input_nodes if is_tensor(n) and n in formulas and _row_dims(n, symbol)]
+    if not sources:
+        raise refuse("a value counted along the sequence is no linear function of the position")
+    for source in sources:
+        _plan_count(source, symbol, formulas, plans)
+
+
+def _replace_attention(
+    graph: fx.Graph,
+    rewriter: Rewriter,
+    step: StepInputs,
+    symbol: sympy.Symbol,
+    block_size: int,
+    report: PassReport,
+) -> None:
+    rows = RowLocality(symbol)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            rows.check(node)
+    num_blocks = _new_size(rewriter, "num_blocks")
+    first_weight = next(n for n in placeholders(graph) if n.name not in STEP_INPUTS)
+    for layer, node in enumerate(nodes_of(graph, ATTENTION)):
+        q, k, v, mask, causal, scale, softcap, window, slopes, sinks = node.args
+        if mask is not None or not causal:
+            why = "attention is not causal" if mask is None else "an attention mask depends on data"
+            raise UnsupportedError(
+                f"the model cannot run over a paged KV cache: {why}",
+                operation=str(node.target),
+                location=location(node),
+            )
+        heads, key_size, value_size = (int(s) for s in (*tensor(k).shape[2:], tensor(v).shape[3]))
+        spec = CacheSpec(layer, heads, key_size, value_size, tensor(k).dtype, int(window))
+        step.caches.append(spec)
+        caches = []
+        for name, width in ((f"k_cache_{layer}", key_size), (f"v_cache_{layer}", value_size)):
+            with graph.inserting_before(first_weight):
+                cache = graph.placeholder(name)
+            with rewriter.mode:
+                cache.meta["val"] = torch.empty((num_blocks, heads, block_size, width), dtype=spec.dtype)
+            cache.meta["cache"] = spec
+            caches.append(cache)
+        lookup = [step.nodes[n] for n in ("slot_mapping", "block_tables", "cu_seqlens_q", "seq_lens")]
+        with rewriter.before(node):
+            new = rewriter.call(
+                llmopt_ops.paged_attention.default,
+                *(q, k, v, *caches, *lookup, scale, softcap, window, slopes, sinks),
+            )
+        rewriter.replace(node, new)
+        report.matched += 1
+    if not step.caches:
+        raise UnsupportedError(
+            "no attention was recognised, so there is nothing to cache; see the near misses in explain"
+        )
+
+
+def _gather_logits(graph: fx.Graph, rewriter: Rewriter, step: StepInputs, symbol: sympy.Symbol) -> None:
+    """Chooses the wanted rows as early as possible after the last attention: before the head and its norm."""
+    logits = outputs(graph)[0]
+    rows = RowLocality(symbol)
+    top = logits
+    while is_row_map(top):
+        inputs = [n for n in top.all_input_nodes if is_tensor(n) and rows.row_dim(tensor(n), n) is not None]
+        if len(inputs) != 1 or len(inputs[0].users) != 1:
+            break
+        top = inputs[0]
+    dim = rows.row_dim(tensor(top), top)
+    if dim is None or tensor(logits).ndim != 3:
+        raise UnsupportedError("the model's first output is not logits[1, S, V]")
+    with rewriter.after(top):
+        chosen = rewriter.call(aten.index_select.default, top, dim, step.nodes["logits_indices"])
+    top.replace_all_uses_with(chosen, delete_user_cb=lambda user: user is not chosen)
+    logits = outputs(graph)[0]
+    refresh_values(graph)
+    output = graph.output_node()
+    with rewriter.before(output):
+        flat = rewriter.call(aten.squeeze.dim, logits, 0)
+    output.args = ([flat],)

@@ -1,0 +1,51 @@
+"""The order of all passes, on one screen."""
+
+from __future__ import annotations
+
+from llmopt.compiler import pass_manager
+from llmopt.compiler.pass_manager import Pass
+from llmopt.passes.eliminate_common import EliminateCommon
+from llmopt.passes.fuse_residual_norm import FuseResidualNorm
+from llmopt.passes.insert_kv_cache import InsertKVCache
+from llmopt.passes.merge_linears import MergeLinears
+from llmopt.passes.normalize import Normalize, SimplifyViews
+from llmopt.passes.raise_batched_linear import RaiseBatchedLinear
+from llmopt.passes.raise_gated_act import RaiseGatedAct
+from llmopt.passes.raise_linear import RaiseLinear
+from llmopt.passes.raise_moe import RaiseMoe
+from llmopt.passes.raise_norms import RaiseNorms
+from llmopt.passes.raise_rope import RaiseRope
+from llmopt.passes.substitute_attention import SubstituteAttention
+
+# Any captured graph: from ATen to the vocabulary.
+RAISING: tuple[Pass, ...] = (
+    Normalize(),
+    EliminateCommon(),
+    RaiseLinear(),
+    RaiseNorms(),
+    SubstituteAttention(),
+    RaiseRope(),
+    RaiseGatedAct(),
+    RaiseMoe(),
+    RaiseBatchedLinear(),
+    SimplifyViews(),
+)
+
+# After that, and after KV-cache insertion where a step graph is made.
+FUSING: tuple[Pass, ...] = (
+    MergeLinears(),
+    FuseResidualNorm(),
+    SimplifyViews(),
+    EliminateCommon(),
+)
+
+# The backend: a graph with the caller's own inputs, caches and masks.
+BACKEND: tuple[Pass, ...] = RAISING + FUSING
+
+
+def step_pipeline(block_size: int) -> tuple[Pass, ...]:
+    """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens."""
+    return (*RAISING, InsertKVCache(block_size=block_size), *FUSING)
+
+
+pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16))

@@ -1,0 +1,214 @@
+"""Runs a Program: compiles its kernels, binds weights, and turns arguments into results."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+
+from llmopt.codegen.cpu.native import ABSENT, NativeCall, NativePlan, TensorOperand
+from llmopt.codegen.cpu.templates import source_of
+from llmopt.codegen.cpu.toolchain import build_library
+from llmopt.codegen.index import add, evaluate, to_postfix
+from llmopt.codegen.loops.print_cpp import print_kernel
+from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, Value, View
+from llmopt.compiler.errors import InputError
+
+Tensor = torch.Tensor
+
+# Base 0 of a native call is the arena; value i has base i + 1.
+_ARENA = 0
+
+
+def kernel_entry(spec: KernelSpec) -> str:
+    """The name of a kernel's entry: equal specifications share one."""
+    return "k_" + hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+
+
+def kernel_source(spec: KernelSpec) -> str:
+    """The translation unit of a kernel."""
+    if spec.loop is not None:
+        return print_kernel(spec.loop, kernel_entry(spec))
+    return source_of(spec, kernel_entry(spec))
+
+
+class Executable:
+    """A Program made runnable on this machine. One call at a time; results are fresh tensors.
+
+    Args:
+        program: what to run.
+        threads: CPU threads of a native call, 0 for PyTorch's number at each call.
+
+    Raises ToolchainError when the kernels cannot be compiled.
+    """
+
+    def __init__(self, program: Program, threads: int = 0) -> None:
+        self.program = program
+        self.threads = threads
+        self._bases = np.zeros(len(program.values) + 1, np.int64)
+        self._positions = {symbol.name: i for i, symbol in enumerate(program.symbols)}
+        self._symbols = np.zeros(max(1, len(program.symbols)), np.int64)
+        self._tensors: list[Any] = [None] * len(program.values)
+        self._arena = torch.empty(0, dtype=torch.uint8)
+        self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
+        self._steps = self._build()
+
+    def _build(self) -> list[NativePlan | AtenCall]:
+        """Neighbouring kernel calls become one native call."""
+        program = self.program
+        library = build_library([kernel_source(spec) for spec in program.kernels]) if program.kernels else None
+        entries = [kernel_entry(spec) for spec in program.kernels]
+        steps: list[NativePlan | AtenCall] = []
+        pending: list[NativeCall] = []
+
+        def flush() -> None:
+            if pending and library is not None:
+                steps.append(NativePlan(library, list(pending)))
+                pending.clear()
+
+        for step in program.steps:
+            if isinstance(step, AtenCall):
+                flush()
+                steps.append(step)
+            else:
+                pending.append(self._native(step, entries))
+        flush()
+        return steps
+
+    def _native(self, call: KernelCall, entries: Sequence[str]) -> NativeCall:
+        operands = []
+        for operand in call.tensors:
+            if operand is None:
+                operands.append(ABSENT)
+                continue
+            value = self.program.values[operand.value]
+            if value.kind == "arena":
+                base, offset = _ARENA, add(value.offset, operand.offset)
+            else:
+                base, offset = operand.value + 1, operand.offset
+            operands.append(TensorOperand(base, to_postfix(offset, self._positions)))
+        ints = tuple(to_postfix(i, self._positions) for i in call.ints)
+        return NativeCall(entries[call.kernel], tuple(operands), ints, call.floats, call.sync_after)
+
+    @property
+    def native_plans(self) -> list[NativePlan]:
+        """The native calls of one run, for profiling."""
+        return [step for step in self._steps if isinstance(step, NativePlan)]
+
+    @property
+    def weights(self) -> list[Tensor]:
+        """The bound weights, in slot order."""
+        return [self._tensors[slot] for slot in self.program.weights]
+
+    def bind(self, weights: Sequence[Tensor]) -> None:
+        """Sets the weights, in the order of `program.weights`. They are used in place, never copied.
+
+        Raises InputError when a dtype, shape or memory layout differs from what the program was compiled for.
+        """
+        if len(weights) != len(self.program.weights):
+            raise InputError(f"the program takes {len(self.program.weights)} weights, got {len(weights)}")
+        for slot, weight in zip(self.program.weights, weights, strict=True):
+            value = self.program.values[slot]
+            if weight.dtype != value.dtype or tuple(weight.shape) != value.sizes:
+                raise InputError(
+                    f"weight {value.name} must be {value.dtype}{list(value.sizes)}, "
+                    f"got {weight.dtype}{list(weight.shape)}"
+                )
+            if tuple(weight.stride()) != value.strides and weight.numel() > 1:
+                raise InputError(f"weight {value.name} must have strides {value.strides}, got {weight.stride()}")
+            self._tensors[slot] = weight
+            self._bases[slot + 1] = weight.data_ptr()
+
+    def __call__(self, arguments: Sequence[Any]) -> list[Any]:
+        """Runs the program on its arguments (weights among them are ignored; they are bound).
+
+        Raises KernelError for what kernels refuse, such as a token id outside the table.
+        """
+        program, bases, tensors = self.program, self._bases, self._tensors
+        for argument, slot in zip(arguments, program.inputs, strict=True):
+            if slot is not None:
+                tensors[slot] = argument
+                bases[slot + 1] = argument.data_ptr()
+        sizes: dict[str, int] = {}
+        for i, symbol in enumerate(program.symbols):
+            source = arguments[symbol.index]
+            number = int(source if symbol.dim < 0 else source.shape[symbol.dim])
+            self._symbols[i] = sizes[symbol.name] = number
+        needed = evaluate(program.arena_bytes, sizes)
+        if self._arena.numel() < needed + 64:
+            self._arena = torch.empty(needed + 64, dtype=torch.uint8)
+        bases[_ARENA] = self._arena.data_ptr() + 63 & ~63
+        for slot in self._fresh:
+            tensors[slot] = made = _empty(program.values[slot], sizes)
+            bases[slot + 1] = made.data_ptr()
+        for step in self._steps:
+            if isinstance(step, NativePlan):
+                step.run(bases, self._symbols, self.threads)
+            else:
+                self._run_aten(step, sizes)
+        results = self._finish(arguments, sizes)
+        for slot in (*self._fresh, *(s for s in program.inputs if s is not None)):
+            tensors[slot] = None
+        return results
+
+    def _run_aten(self, call: AtenCall, sizes: Mapping[str, int]) -> None:
+        namespace, name, overload = call.op.split(".")
+        op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
+        args, kwargs = (
+            [self._resolve(a, sizes) for a in call.args],
+            {k: self._resolve(v, sizes) for k, v in call.kwargs.items()},
+        )
+        result = op(*args, **kwargs)
+        for slot, item in zip(call.values, result if isinstance(result, list | tuple) else [result], strict=True):
+            if slot < 0:
+                continue
+            value = self.program.values[slot]
+            strides = tuple(evaluate(s, sizes) for s in value.strides)
+            if item.stride() != strides and item.numel() > 1:
+                item = torch.empty_strided(item.shape, strides, dtype=item.dtype).copy_(item)
+            self._tensors[slot] = item
+            self._bases[slot + 1] = item.data_ptr()
+
+    def _resolve(self, arg: Any, sizes: Mapping[str, int]) -> Any:
+        if isinstance(arg, View):
+            tensor = self._tensors[arg.value]
+            shape = [evaluate(s, sizes) for s in arg.sizes]
+            strides = [evaluate(s, sizes) for s in arg.strides]
+            offset = evaluate(arg.offset, sizes)
+            if offset == 0 and list(tensor.shape) == shape and list(tensor.stride()) == strides:
+                return tensor
+            return torch.as_strided(tensor, shape, strides, tensor.storage_offset() + offset)
+        if isinstance(arg, Size):
+            return evaluate(arg.index, sizes)
+        if isinstance(arg, list):
+            return [self._resolve(a, sizes) for a in arg]
+        return arg
+
+    def _finish(self, arguments: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
+        """Writes new values back into mutated arguments, then makes the results.
+
+        A result that looks at such a value becomes a view of the argument, as it would be in eager mode.
+        """
+        moved: dict[int, int] = {}
+        for index, view in self.program.mutations:
+            arguments[index].copy_(self._resolve(view, sizes))
+            if view.offset == 0:
+                moved[view.value] = index
+        results = []
+        for result in self.program.results:
+            if isinstance(result, View) and result.value in moved:
+                target = arguments[moved[result.value]]
+                value = self.program.values[result.value]
+                if list(target.stride()) == [evaluate(s, sizes) for s in value.strides]:
+                    self._tensors[result.value] = target
+            results.append(self._resolve(result, sizes))
+        return results
+
+
+def _empty(value: Value, sizes: Mapping[str, int]) -> Tensor:
+    shape = [evaluate(s, sizes) for s in value.sizes]
+    strides = [evaluate(s, sizes) for s in value.strides]
+    return torch.empty_strided(shape, strides, dtype=value.dtype)

@@ -1,0 +1,273 @@
+"""`llmopt.optimize` as function and decorator; `generate` on the step program where that gives the same tensor."""
+
+from __future__ import annotations
+
+import functools
+from typing import Any
+
+import pytest
+import torch
+from models.zoo import VOCABULARY, build
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LogitsProcessorList,
+    MaxLengthCriteria,
+    PreTrainedModel,
+    StoppingCriteriaList,
+    TemperatureLogitsWarper,
+)
+
+import llmopt
+from llmopt.errors import InputError, OptionError, UnsupportedError
+
+PAD, EOS = 0, 7
+
+
+@functools.cache
+def pair(name: str) -> tuple[PreTrainedModel, PreTrainedModel]:
+    """An optimized model and its twin, compiled once for all tests."""
+    return llmopt.optimize(build(name), block_size=4, fallback="error"), build(name)
+
+
+def left_padded(lengths: list[int], seed: int = 0) -> tuple[Tensor, Tensor]:
+    """Random rows with padding on the left, and their mask; no row holds PAD itself."""
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.full((len(lengths), max(lengths)), PAD)
+    mask = torch.zeros_like(ids)
+    for row, length in enumerate(lengths):
+        ids[row, max(lengths) - length :] = torch.randint(8, VOCABULARY, (length,), generator=generator)
+        mask[row, max(lengths) - length :] = 1
+    return ids, mask
+
+
+def common_tokens(model: PreTrainedModel, ids: Tensor, mask: Tensor, count: int) -> list[int]:
+    """Tokens that some but not all rows generate early: as ends of sequence they stop rows at different times."""
+    out = model.generate(ids, attention_mask=mask, max_new_tokens=count, do_sample=False)[:, ids.shape[1] :]
+    firsts = [row.tolist() for row in out]
+    return [firsts[0][2], firsts[1][5]]
+
+
+def notes(model: PreTrainedModel) -> str:
+    return "\n".join(llmopt.explain(model).notes)
+
+
+@pytest.mark.parametrize("name", ["llama", "gpt2", "bloom", "opt"])
+def test_left_padded_batch_gives_the_same_tensor(name: str) -> None:
+    """Rows end at different times; what follows the end is padding, as in transformers."""
+    model, twin = pair(name)
+    ids, mask = left_padded([3, 24, 11, 1])
+    settings: dict[str, Any] = {"attention_mask": mask, "do_sample": False, "pad_token_id": PAD}
+    ends = common_tokens(twin, ids, mask, 8)
+    for ending in (None, ends[0], ends):
+        expected = twin.generate(ids, max_new_tokens=8, eos_token_id=ending, **settings)
+        actual = model.generate(ids, max_new_tokens=8, eos_token_id=ending, **settings)
+        assert torch.equal(actual, expected)
+        assert ending is None or (expected[0, -2:] == PAD).all()
+    expected = twin.generate(ids, max_length=30, **settings)
+    assert torch.equal(model.generate(ids, max_length=30, **settings), expected)
+    assert expected.shape == (4, 30)
+    assert notes(model) == ""
+    assert [graph.kind for graph in llmopt.explain(model).graphs] == ["step"]
+
+
+def test_ways_to_say_how_long() -> None:
+    """Keyword, configuration object, the model's own configuration, and transformers' default of 20 new tokens."""
+    model, twin = pair("llama")
+    ids, mask = left_padded([6, 9])
+    calls: list[dict[str, Any]] = [
+        {},
+        {"generation_config": GenerationConfig(max_new_tokens=5, pad_token_id=PAD)},
+        {"generation_config": GenerationConfig(max_length=12, pad_token_id=PAD)},
+        {"max_new_tokens": 3, "num_beams": 1, "repetition_penalty": 1.0, "temperature": 0.5, "top_k": 3},
+        {"max_length": 12, "use_cache": False},
+    ]
+    lengths = []
+    for settings in calls:
+        expected = twin.generate(input_ids=ids, attention_mask=mask, **settings)
+        actual = model.generate(input_ids=ids, attention_mask=mask, **settings)
+        assert torch.equal(actual, expected), settings
+        lengths.append(actual.shape[1])
+    assert lengths == [29, 14, 12, 12, 12]
+    for each in (model, twin):
+        each.generation_config.max_length = 15
+    assert torch.equal(model.generate(ids, attention_mask=mask), twin.generate(ids, attention_mask=mask))
+    for each in (model, twin):
+        each.generation_config.max_length = None
+    assert notes(model) == ""
+
+
+def test_padding_is_inferred_as_transformers_does() -> None:
+    model, twin = pair("llama")
+    ids, _ = left_padded([6, 9])
+    for settings in ({"pad_token_id": PAD}, {"pad_token_id": PAD, "eos_token_id": PAD}):
+        expected = twin.generate(ids, max_new_tokens=4, **settings)
+        assert torch.equal(model.generate(ids, max_new_tokens=4, **settings), expected)
+    assert notes(model) == ""
+
+
+IDS = torch.randint(8, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(1))
+
+
+class Collect:
+    """A streamer."""
+
+    def __init__(self) -> None:
+        self.ended = False
+
+    def put(self, value: Tensor) -> None:
+        """Takes tokens."""
+
+    def end(self) -> None:
+        """The last ones came."""
+        self.ended = True
+
+
+@pytest.mark.parametrize(
+    ("reason", "arguments"),
+    [
+        ("sampling", {"inputs": IDS, "do_sample": True}),
+        ("beam search", {"inputs": IDS, "num_beams": 2}),
+        (
+            "argument logits_processor",
+            {"inputs": IDS, "logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0)])},
+        ),
+        (
+            "argument stopping_criteria",
+            {"inputs": IDS, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(7)])},
+        ),
+        ("argument streamer", {"inputs": IDS, "streamer": Collect()}),
+        ("argument inputs_embeds", {"inputs_embeds": torch.randn(1, 4, 64)}),
+        ("argument prefix_allowed_tokens_fn", {"inputs": IDS, "prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}),
+        ("repetition_penalty=1.3", {"inputs": IDS, "repetition_penalty": 1.3}),
+        ("no_repeat_ngram_size=2", {"inputs": IDS, "no_repeat_ngram_size": 2}),
+        ("min_new_tokens=2", {"inputs": IDS, "min_new_tokens": 2}),
+        ("output_scores=True", {"inputs": IDS, "output_scores": True, "return_dict_in_generate": True}),
+        ("prompt_lookup_num_tokens=2", {"inputs": IDS, "prompt_lookup_num_tokens": 2}),
+        ("not on the left", {"inputs": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}),
+    ],
+)
+def test_other_ways_to_generate_stay_with_transformers(reason: str, arguments: dict[str, Any]) -> None:
+    """What the step program would not reproduce runs as before, and explain says why."""
+    model, twin = routed_away()
+    model._llmopt.report.notes.clear()
+    outputs = []
+    for each in (model, twin):
+        torch.manual_seed(5)
+        out = each.generate(**{"max_new_tokens": 3, "pad_token_id": PAD, **arguments})
+        outputs.append(out if isinstance(out, Tensor) else out.sequences)
+    assert torch.equal(*outputs)
+    assert reason in notes(model)
+    assert "step" not in [graph.kind for graph in llmopt.explain(model).graphs]
+
+
+@functools.cache
+def routed_away() -> tuple[PreTrainedModel, PreTrainedModel]:
+    """A model whose forward is not compiled anew for each of the calls above; where they go is what is tested."""
+    model = llmopt.optimize(build("llama"))
+    router_forward = model._llmopt.forward
+    model.forward = router_forward
+    return model, build("llama")
+
+
+def test_longer_than_the_model_takes_stays_with_transformers() -> None:
+    """Rope has no end, so transformers goes on where the step program's cache would stop."""
+    model = llmopt.optimize(build("llama"), max_model_len=16)
+    model.forward = model._llmopt.forward
+    out = model.generate(IDS, max_new_tokens=11, do_sample=False)
+    assert out.shape == (1, 17)
+    assert "more than max_model_len" in notes(model)
+
+
+def test_training_mode_stays_with_transformers() -> None:
+    model = llmopt.optimize(build("llama").train())
+    model.forward = model._llmopt.forward
+    model.generate(IDS, max_new_tokens=2, do_sample=False)
+    assert "training mode" in notes(model)
+
+
+def test_a_model_without_a_step_program_says_so(caplog: pytest.LogCaptureFixture) -> None:
+    """Rope factors that depend on the length cannot be cached; the model still generates."""
+    model = build("llama")
+    model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
+    llmopt.optimize(model)
+    model.forward = model._llmopt.forward
+    out = model.generate(IDS, max_new_tokens=2, do_sample=False)
+    assert out.shape == (1, 8)
+    assert "rope type 'dynamic' depends on the length" in notes(model)
+    assert "rope type 'dynamic'" in caplog.text
+
+
+SMALL = GPT2Config(vocab_size=17, n_positions=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
+
+
+def assert_optimized(model: nn.Module) -> None:
+    """It answers, and its own report says that it was compiled."""
+    model.eval()
+    ids = torch.tensor([[1, 2, 3]])
+    with torch.no_grad():
+        expected = type(model).forward(model, ids, use_cache=False).logits
+        torch.testing.assert_close(model(ids, use_cache=False).logits, expected, rtol=1e-5, atol=1e-5)
+    assert model.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0).shape == (1, 5)
+    kinds = [graph.kind for graph in llmopt.explain(model).graphs]
+    assert kinds == ["backend", "step"]
+    assert "linear" in str(llmopt.explain(model))
+
+
+def test_decorator_over_a_class() -> None:
+    @llmopt.optimize
+    class Small(GPT2LMHeadModel):
+        """A user's model class."""
+
+    class Derived(Small):
+        """Its instances are their own business."""
+
+    model = Small(SMALL)
+    assert isinstance(model, Small) and Small.__name__ == "Small"
+    assert_optimized(model)
+    assert "_llmopt" not in vars(Derived(SMALL))
+
+
+def test_decorator_with_options_over_a_function() -> None:
+    @llmopt.optimize(dtype="bfloat16", block_size=8)
+    def make(layers: int, *, heads: int = 2) -> GPT2LMHeadModel:
+        """Makes a model."""
+        return GPT2LMHeadModel(GPT2Config(**{**SMALL.to_dict(), "n_layer": layers, "n_head": heads})).eval()
+
+    assert make.__name__ == "make" and make.__doc__ == "Makes a model."
+    model = make(1, heads=4)
+    assert model.dtype == torch.bfloat16
+    assert model.config.n_head == 4
+    assert model._llmopt.options.block_size == 8
+
+
+def test_optimize_twice_is_once() -> None:
+    model = llmopt.optimize(nn.Linear(2, 2))
+    forward = model.forward
+    assert llmopt.optimize(model).forward is forward
+
+
+def test_a_plain_module_is_compiled_too() -> None:
+    model = nn.Sequential(nn.Linear(6, 4), nn.ReLU())
+    expected = model(torch.ones(3, 6))
+    assert llmopt.optimize(model) is model
+    with torch.no_grad():
+        torch.testing.assert_close(model(torch.ones(3, 6)), expected)
+    assert len(llmopt.explain(model).graphs) == 1
+
+
+def test_bad_targets_and_options() -> None:
+    with pytest.raises(OptionError, match=r"'quantisation'.*got 'int4'.*block_size"):
+        llmopt.optimize(nn.Linear(2, 2), quantisation="int4")
+    with pytest.raises(OptionError, match=r"'dtype'.*'float8'.*'bfloat16'"):
+        llmopt.optimize(dtype="float8")
+    with pytest.raises(InputError, match="a class of them or a function"):
+        llmopt.optimize(3)
+    with pytest.raises(InputError, match=r"expected a torch.nn.Module, got dict"):
+        llmopt.optimize(lambda: {})()
+    with pytest.raises(InputError, match="takes an optimized model"):
+        llmopt.explain(3)
+    with pytest.raises(UnsupportedError, match=r"no torch.nn.Embedding"):
+        llmopt.LLM(nn.Linear(2, 2))

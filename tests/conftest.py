@@ -1,0 +1,46 @@
+"""What every test shares: fixed seeds, no network, a fresh Dynamo, and kernel tests only where a compiler is."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+# Before anything imports transformers: a test that needs the hub must fail at once, not hang.
+os.environ["HF_HUB_OFFLINE"] = "1"
+os.environ["TOKENIZERS_PARALLELISM"] = "false"
+
+import pytest
+import torch
+
+from llmopt.codegen.cpu.toolchain import find_compiler
+from llmopt.compiler.errors import ToolchainError
+
+TESTS = Path(__file__).parent
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Skips the C++ kernels' tests on a machine without a compiler; under CI that is an error instead."""
+    try:
+        find_compiler()
+    except ToolchainError as error:
+        if os.environ.get("CI"):
+            raise pytest.UsageError(f"CI must test the kernels: {error}") from error
+        for item in items:
+            if item.path.is_relative_to(TESTS / "kernels"):
+                item.add_marker(pytest.mark.skip(reason=str(error)))
+
+
+@pytest.fixture(autouse=True)
+def _seeded() -> None:
+    torch.manual_seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _fresh_dynamo() -> Iterator[None]:
+    """Compiled code of one test must not answer in the next; costs nothing where Dynamo was never loaded."""
+    yield
+    dynamo = sys.modules.get("torch._dynamo")
+    if dynamo is not None:
+        dynamo.reset()

@@ -1,0 +1,271 @@
+"""Attention in the spellings that models use, and softmaxes that are none."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from graphs.rewriting import Rewritten, assert_golden, must_not_fire, ops_when_disabled, rewrite
+from torch import Tensor
+
+from llmopt.compiler.graph import nodes_of, tensor
+from llmopt.compiler.vocabulary import llmopt_ops
+from llmopt.passes.substitute_attention import SubstituteAttention
+
+S, H, G, D = 9, 4, 2, 8
+Q, K, V = torch.randn(1, H, S, D), torch.randn(1, G, S, D), torch.randn(1, G, S, D)
+LENGTHS = [(0, 2), (1, 2), (2, 2)]
+SCALE = 0.3
+
+
+def repeat_kv(x: Tensor) -> Tensor:
+    batch, groups, length, size = x.shape
+    return x[:, :, None].expand(batch, groups, H // groups, length, size).reshape(batch, H, length, size)
+
+
+def causal_mask(length: int, window: int = 0) -> Tensor:
+    i = torch.arange(length)
+    seen = i[None, :] <= i[:, None]
+    return seen & (i[None, :] > i[:, None] - window) if window else seen
+
+
+def additive(seen: Tensor) -> Tensor:
+    return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), is_causal=True)
+
+
+def sdpa_interleaved(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    k, v = k.repeat_interleave(2, dim=1), v.repeat_interleave(2, dim=1)
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True)
+
+
+def sdpa_gqa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+
+
+def sdpa_mask(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = causal_mask(q.shape[2])[None, None]
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask, scale=SCALE)
+
+
+def sdpa_additive(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    mask = additive(causal_mask(q.shape[2], 4)).to(q.dtype)
+    return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+
+
+def eager(q: Tensor, k: Tensor, v: Tensor, cap: float = 0.0, window: int = 0) -> Tensor:
+    scores = torch.matmul(q, repeat_kv(k).transpose(2, 3)) * SCALE
+    if cap:
+        scores = torch.tanh(scores / cap) * cap
+    scores = scores + additive(causal_mask(q.shape[2], window))[None, None].to(q.dtype)
+    weights = F.softmax(scores, dim=-1, dtype=torch.float32).to(q.dtype)
+    return torch.matmul(weights, repeat_kv(v))
+
+
+def capped(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return eager(q, k, v, 2.0, 3)
+
+
+def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ repeat_kv(k).mT / D**0.5
+    scores = torch.where(causal_mask(q.shape[2]), scores, torch.finfo(scores.dtype).min)
+    return F.softmax(scores, -1) @ repeat_kv(v)
+
+
+def bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q @ repeat_kv(k).mT, -1) @ repeat_kv(v)
+
+
+# name -> (function, causal, scale, softcap, window)
+SPELLINGS: dict[str, tuple[Callable[..., Tensor], bool, float, float, int]] = {
+    "sdpa": (sdpa, True, D**-0.5, 0.0, 0),
+    "sdpa, repeat_interleave": (sdpa_interleaved, True, D**-0.5, 0.0, 0),
+    "sdpa, grouped": (sdpa_gqa, True, D**-0.5, 0.0, 0),
+    "sdpa, boolean mask": (sdpa_mask, True, SCALE, 0.0, 0),
+    "sdpa, additive mask": (sdpa_additive, True, D**-0.5, 0.0, 4),
+    "softmax": (eager, True, SCALE, 0.0, 0),
+    "softmax with a cap and a window": (capped, True, SCALE, 2.0, 3),
+    "softmax of filled scores": (filled, True, D**-0.5, 0.0, 0),
+    "no mask": (bidirectional, False, 1.0, 0.0, 0),
+}
+
+
+def attention_of(result: Rewritten) -> Any:
+    (node,) = nodes_of(result.after, llmopt_ops.attention.default)
+    return node
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str, dtype: torch.dtype) -> None:
+    function, causal, scale, softcap, window = SPELLINGS[name]
+    result = rewrite(SubstituteAttention(), function, *(t.to(dtype) for t in (Q, K, V)), marked=LENGTHS)
+    assert result.report.matched == 1 and not result.report.notes
+    node = attention_of(result)
+    assert node.args[3:5] == (None, causal)
+    assert node.args[5] == pytest.approx(scale) and node.args[6] == pytest.approx(softcap) and node.args[7] == window
+    assert int(tensor(node.args[1]).shape[2]) == G, "keys are taken from before the repetition"
+    assert not result.count("aten.softmax.int") and not result.count("aten.arange")
+
+
+@pytest.mark.parametrize("name", ["sdpa", "softmax"])
+def test_disabled(name: str) -> None:
+    assert "llmopt.attention" not in ops_when_disabled(SubstituteAttention(), SPELLINGS[name][0], Q, K, V)
+
+
+def test_golden() -> None:
+    assert_golden(
+        rewrite(SubstituteAttention(), capped, Q, K, V, marked=LENGTHS),
+        """\
+arg_0: Sym(s0)
+arg_1: f32[1, 2, s0, 8]
+arg_2: Sym(s0)
+arg_3: f32[1, 4, s0, 8]
+arg_4: f32[1, 2, s0, 8]
+unsqueeze: f32[1, 2, 1, s0, 8] = aten.unsqueeze.default(arg_1, 2)
+expand: f32[1, 2, 2, s0, 8] = aten.expand.default(unsqueeze, [1, 2, 2, arg_2, 8])
+clone: f32[1, 2, 2, s0, 8] = aten.clone.default(expand, memory_format=torch.contiguous_format)
+view: f32[1, 4, s0, 8] = aten.view.default(clone, [1, 4, arg_2, 8])
+transpose: f32[1, 4, 8, s0] = aten.transpose.int(view, 2, 3)
+matmul: f32[1, 4, s0, s0] = aten.matmul.default(arg_3, transpose)
+mul: f32[1, 4, s0, s0] = aten.mul.Tensor(matmul, 0.3)
+div: f32[1, 4, s0, s0] = aten.div.Tensor(mul, 2.0)
+tanh: f32[1, 4, s0, s0] = aten.tanh.default(div)
+mul_1: f32[1, 4, s0, s0] = aten.mul.Tensor(tanh, 2.0)
+arange: i64[s0] = aten.arange.default(arg_2, device=cpu, pin_memory=False)
+unsqueeze_1: i64[1, s0] = aten.unsqueeze.default(arange, 0)
+unsqueeze_2: i64[s0, 1] = aten.unsqueeze.default(arange, 1)
+le: b8[s0, s0] = aten.le.Tensor(unsqueeze_1, unsqueeze_2)
+sub: i64[s0, 1] = aten.sub.Tensor(unsqueeze_2, 3)
+gt: b8[s0, s0] = aten.gt.Tensor(unsqueeze_1, sub)
+bitwise_and: b8[s0, s0] = aten.bitwise_and.Tensor(le, gt)
+where: f32[s0, s0] = aten.where.Scalar(bitwise_and, 0.0, -3.4028234663852886e+38)
+unsqueeze_3: f32[1, s0, s0] = aten.unsqueeze.default(where, 0)
+unsqueeze_4: f32[1, 1, s0, s0] = aten.unsqueeze.default(unsqueeze_3, 1)
+add: f32[1, 4, s0, s0] = aten.add.Tensor(mul_1, unsqueeze_4)
+softmax: f32[1, 4, s0, s0] = aten.softmax.int(add, -1, torch.float32)
+unsqueeze_5: f32[1, 2, 1, s0, 8] = aten.unsqueeze.default(arg_4, 2)
+expand_1: f32[1, 2, 2, s0, 8] = aten.expand.default(unsqueeze_5, [1, 2, 2, arg_2, 8])
+clone_1: f32[1, 2, 2, s0, 8] = aten.clone.default(expand_1, memory_format=torch.contiguous_format)
+view_1: f32[1, 4, s0, 8] = aten.view.default(clone_1, [1, 4, arg_2, 8])
+matmul_1: f32[1, 4, s0, 8] = aten.matmul.default(softmax, view_1)
+return [matmul_1]
+---
+arg_0: Sym(s0)
+arg_1: f32[1, 2, s0, 8]
+arg_2: Sym(s0)
+arg_3: f32[1, 4, s0, 8]
+arg_4: f32[1, 2, s0, 8]
+transpose: f32[1, s0, 4, 8] = aten.transpose.int(arg_3, 1, 2)
+transpose_1: f32[1, s0, 2, 8] = aten.transpose.int(arg_1, 1, 2)
+transpose_2: f32[1, s0, 2, 8] = aten.transpose.int(arg_4, 1, 2)
+attention: f32[1, s0, 4, 8] = llmopt.attention.default(transpose, transpose_1, transpose_2, None, True, 0.3, 2.0, 3, None, None)
+transpose_3: f32[1, 4, s0, 8] = aten.transpose.int(attention, 1, 2)
+return [transpose_3]""",  # noqa: E501
+    )
+
+
+def alibi(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """As Bloom: heads in the batch, the bias as the addend of the product, minima filled in."""
+    length = q.shape[2]
+    slopes = 2.0 ** -torch.arange(1, H + 1)
+    bias = (slopes[:, None] * torch.arange(length)[None, :])[:, None, :]
+    k = repeat_kv(k).reshape(H, length, D).transpose(1, 2)
+    scores = torch.baddbmm(bias, q.reshape(H, length, D), k, beta=1.0, alpha=SCALE).view(1, H, length, length)
+    weights = F.softmax(scores + additive(causal_mask(length)), dim=-1).view(H, length, length)
+    return torch.bmm(weights, repeat_kv(v).reshape(H, length, D))
+
+
+def test_alibi() -> None:
+    node = attention_of(rewrite(SubstituteAttention(), alibi, Q, K, V, marked=LENGTHS))
+    assert node.args[4:8] == (True, SCALE, 0.0, 0)
+    assert node.args[8].args[0] == pytest.approx([0.5, 0.25, 0.125, 0.0625])
+
+
+def test_a_mask_of_data_stays_an_operand() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+
+    mask = torch.rand(1, 1, S, S) > 0.3
+    for given in (mask, torch.randn(1, H, S, S)):
+        result = rewrite(SubstituteAttention(), model, Q, K, V, given)
+        node = attention_of(result)
+        assert node.args[3].op == "placeholder" and node.args[4] is False
+        assert result.report.notes == ["mask kept as an operand: the mask depends on data"]
+
+
+def test_a_mask_without_a_rule_stays_an_operand() -> None:
+    def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        i = torch.arange(q.shape[2])
+        mask = (i[None, :] <= i[:, None]) & (i[None, :] // 4 == i[:, None] // 4)
+        return F.scaled_dot_product_attention(q, repeat_kv(k), repeat_kv(v), attn_mask=mask)
+
+    result = rewrite(SubstituteAttention(), chunked, Q, K, V, marked=LENGTHS)
+    assert attention_of(result).args[3] is not None
+    assert result.report.notes[0].startswith("mask kept as an operand: no rule")
+
+
+def test_heads_of_different_groups_stay_repeated() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.scaled_dot_product_attention(q, repeat_kv(k), v, is_causal=True)
+
+    node = attention_of(rewrite(SubstituteAttention(), model, Q, K, torch.randn(1, H, S, D)))
+    assert [int(tensor(n).shape[2]) for n in node.args[:3]] == [H, H, H]
+
+
+def test_values_of_another_width() -> None:
+    result = rewrite(SubstituteAttention(), sdpa, Q, K, torch.randn(1, G, S, 5))
+    assert tuple(tensor(attention_of(result)).shape) == (1, S, H, 5)
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda q, k, v: F.softmax(q, 1) @ q.mT, "softmax over another dimension than the last"),
+        (lambda q, k, v: F.softmax(q, -1) * 2, "softmax of something that is not q @ k^T"),
+        (lambda q, k, v: F.softmax(q @ q.mT, -1) * 2, "softmax is not multiplied by values"),
+        (lambda q, k, v: (w := F.softmax(q @ q.mT, -1)) @ q + w.sum(), "softmax is not multiplied by values"),
+        (lambda q, k, v: q.mT @ F.softmax(q @ q.mT, -1), "softmax is not multiplied by values"),
+        (lambda q, k, v: F.softmax(q @ q.reshape(1, H, D, S), -1) @ q, "the second factor is not k^T"),
+        (
+            lambda q, k, v: F.softmax((q @ q.mT + 1.5) * 2 + q[..., :1], -1) @ q,
+            "softmax of something that is not q @ k^T",
+        ),
+        (
+            lambda q, k, v: F.softmax((q @ q.mT + causal_mask(S) * 1.0) * 2, -1) @ q,
+            "softmax of something that is not q @ k^T",
+        ),
+        (
+            lambda q, k, v: F.softmax(torch.where(causal_mask(S), q @ q.mT, 0.0), -1) @ q,
+            "softmax of something that is not q @ k^T",
+        ),
+        (
+            lambda q, k, v: F.softmax(torch.tanh(q @ q.mT / 3) * 2, -1) @ q,
+            "softmax of something that is not q @ k^T",
+        ),
+        (lambda q, k, v: F.softmax(q[0, 0] @ q[0, 0].mT, -1) @ q[0, 0], "q, k, v are not [B, H, S, D]"),
+        (lambda q, k, v: F.scaled_dot_product_attention(q[0], q[0], q[0]), "q, k, v are not [B, H, S, D]"),
+    ],
+)
+def test_near_misses(function: Callable[..., Any], reason: str) -> None:
+    must_not_fire(SubstituteAttention(), reason, function, Q, K, V)
+
+
+def test_dropout_stays() -> None:
+    """Not compared with itself: it is random."""
+    from graphs.rewriting import prepared
+
+    from llmopt.compiler.options import Options
+    from llmopt.compiler.pass_manager import PassContext
+
+    caught = prepared(
+        SubstituteAttention(), lambda q: F.scaled_dot_product_attention(q, q, q, dropout_p=0.5, is_causal=True), Q
+    )
+    report = SubstituteAttention().run(caught.graph, PassContext(Options()))
+    assert report.matched == 0 and report.skipped["attention with dropout"] == 1

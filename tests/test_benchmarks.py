@@ -1,0 +1,95 @@
+"""The instruments: what they report is what was run."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import torch
+from harness import Contestant, Result, conditions, run_rounds, save
+from models.zoo import build, greedy, prompts
+from peers import StepDecoder, eager_decoder, inductor_decoder
+from probe import Probe
+
+
+@pytest.fixture(scope="module")
+def probe() -> Probe:
+    return Probe(1, megabytes=8)
+
+
+def test_rounds_take_turns(probe: Probe) -> None:
+    calls: list[str] = []
+
+    def phase(name: str) -> int:
+        calls.append(name)
+        return 10
+
+    contestants = [
+        Contestant("a", {"x": lambda: phase("ax"), "y": lambda: phase("ay")}),
+        Contestant("b", {"x": lambda: phase("bx")}),
+    ]
+    result = run_rounds(contestants, 3, {}, probe)
+    assert calls == ["ax", "ay", "bx"] * 4  # one warm-up round
+    assert [len(result.rates["a"]["x"]), len(result.rates["a"]["y"]), len(result.rates["b"]["x"])] == [3, 3, 3]
+    assert len(result.read_gb_s) == 3
+    assert min(result.read_gb_s) > 0
+    assert set(result.warmup_s) == {"a", "b"}
+
+
+def test_a_failing_peer_is_reported_and_hides_nothing(probe: Probe) -> None:
+    def broken() -> int:
+        raise RuntimeError("no such instruction")
+
+    result = run_rounds([Contestant("bad", {"x": broken}), Contestant("good", {"x": lambda: 1})], 2, {}, probe)
+    assert result.failures == {"bad": "RuntimeError: no such instruction"}
+    assert result.median("bad", "x") is None
+    assert result.median("good", "x") is not None
+    assert result.ratio("good", ["bad"], "x") is None
+
+
+def test_ratio_is_to_the_best_peer() -> None:
+    rates = {"eager": {"x": [1.0, 2.0, 9.0]}, "inductor": {"x": [4.0, 4.0, 4.0]}, "ours": {"x": [7.0, 8.0, 9.0]}}
+    result = Result(rates, {}, [10.0], {}, {})
+    assert result.ratio("ours", ["eager", "inductor"], "x") == 2.0
+    assert result.ratio("inductor", ["eager", "inductor"], "x") == 2.0
+
+
+def test_saved_results_say_what_ran(probe: Probe, tmp_path: Path) -> None:
+    result = run_rounds([Contestant("a", {"x": lambda: 1})], 2, conditions(dtype="float32"), probe)
+    save(result, tmp_path / "new" / "r.json")
+    read = json.loads((tmp_path / "new" / "r.json").read_text("utf-8"))
+    assert read["conditions"]["torch"] == torch.__version__
+    assert read["conditions"]["dtype"] == "float32"
+    assert len(read["rates"]["a"]["x"]) == 2
+    assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.json"]
+
+
+def test_the_eager_peer_decodes_what_generate_decodes() -> None:
+    model = build("llama")
+    decoder = eager_decoder(model, 64)
+    for prompt in prompts([1, 40, 7]):
+        assert [decoder.prefill(prompt), *decoder.decode(11)] == greedy(model, prompt, 12)
+
+
+def test_the_step_program_decodes_what_generate_decodes() -> None:
+    model = build("llama")
+    decoder = StepDecoder(model, 64)
+    for prompt in prompts([1, 40, 7]):
+        assert [decoder.prefill(prompt), *decoder.decode(11)] == greedy(model, prompt, 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("prefill", ["eager", "compiled"])
+def test_the_inductor_peer_decodes_what_generate_decodes(prefill: str) -> None:
+    model = build("llama")
+    decoder = inductor_decoder(model, 64, prefill="eager" if prefill == "eager" else "compiled")
+    for prompt in prompts([40, 7]):
+        assert [decoder.prefill(prompt), *decoder.decode(11)] == greedy(model, prompt, 12)
+
+
+def test_a_probe_reads_plausible_numbers(probe: Probe) -> None:
+    reading = probe.best(3)
+    assert reading.threads == 1
+    assert 0.5 < reading.read_gb_s < 2000  # 8 MB may lie in a cache
+    assert 0.5 < reading.fma_gflop_s < 2000
