@@ -169,7 +169,16 @@ class LLM:
     def _streams(self, params: Sequence[SamplingParams]) -> list[IncrementalText]:
         if self._codec is None:
             return []
-        return [IncrementalText(self._codec, p.skip_special_tokens, p.stop) for p in params]
+        return [
+            IncrementalText(
+                self._codec,
+                p.skip_special_tokens,
+                p.stop,
+                include_stop=p.include_stop_str_in_output,
+                spaces_between_special_tokens=p.spaces_between_special_tokens,
+            )
+            for p in params
+        ]
 
     def _run(
         self, ids: Sequence[Sequence[int]], params: Sequence[SamplingParams], streams: Sequence[IncrementalText]
@@ -181,7 +190,8 @@ class LLM:
             may_stop = request.num_generated >= request.params.min_tokens
             return bool(streams) and streams[request.index].push(request.tokens[-1], may_stop)
 
-        lengths = [len(p) + s.max_tokens for p, s in zip(ids, params, strict=True)]
+        longest = self.max_model_len
+        lengths = [len(p) + (s.max_tokens or longest) for p, s in zip(ids, params, strict=True)]
         return self._generator(lengths).run(ids, params, stop_check)
 
     def _generator(self, lengths: Sequence[int]) -> Generator:

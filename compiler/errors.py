@@ -25,6 +25,13 @@ class InputError(LlmoptError, ValueError):
     """A request that cannot be served as it stands: an empty prompt, a token id out of range, a prompt too long."""
 
 
+class SamplingError(LlmoptError):
+    """No token can be chosen for one sequence: its logits hold NaN, nothing may follow, or its grammar failed.
+
+    Given in place of a token, so that the other sequences of the batch go on.
+    """
+
+
 class UnsupportedError(LlmoptError):
     """A model, dtype or device that llmopt does not handle, with the operation and the line of the user's model.
 

@@ -6,12 +6,10 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Protocol
 
-import torch
-
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.options import Options
 from llmopt.runtime.kv_cache import KVCache
-from llmopt.runtime.sampling import SamplingParams, choose
+from llmopt.runtime.sampling import Sampled, Sampler, SamplingParams, SamplingState
 from llmopt.runtime.step_program import StepBatch, StepProgram
 
 
@@ -26,7 +24,10 @@ class Request:
     finish_reason: str | None = None
     blocks: list[int] = field(default_factory=list)
     computed: int = 0
-    rng: torch.Generator | None = None
+    state: SamplingState = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.state = SamplingState(self.params, self.tokens)
 
     @property
     def generated(self) -> list[int]:
@@ -70,6 +71,7 @@ class Generator:
         self.max_model_len, self.vocab_size = max_model_len, vocab_size
         self.max_num_seqs, self.max_num_batched_tokens = max_num_seqs, max_num_batched_tokens
         self.eos_token_ids = frozenset(eos_token_ids)
+        self.sampler = Sampler(vocab_size, tuple(eos_token_ids))
 
     def check(self, prompt: Sequence[int], params: SamplingParams) -> None:
         """Raises InputError for a request that could never be served, before any work is done."""
@@ -82,6 +84,9 @@ class Generator:
             raise InputError(f"token id {bad!r} is not in 0..{self.vocab_size - 1}")
         if len(prompt) >= self.max_model_len:
             raise InputError(f"the prompt has {len(prompt)} tokens; the longest sequence is {self.max_model_len}")
+        for name, neutral in (("n", 1), ("best_of", None), ("logprobs", None), ("prompt_logprobs", None)):
+            if getattr(params, name) != neutral:
+                raise InputError(f"{name}={getattr(params, name)} is not served here")
         total = self._total(prompt, params)
         if self.cache.blocks_for(total) > self.cache.num_blocks:
             raise InputError(
@@ -90,7 +95,8 @@ class Generator:
             )
 
     def _total(self, prompt: Sequence[int], params: SamplingParams) -> int:
-        return min(len(prompt) + params.max_tokens, self.max_model_len)
+        limit = self.max_model_len
+        return limit if params.max_tokens is None else min(len(prompt) + params.max_tokens, limit)
 
     def run(
         self,
@@ -105,9 +111,6 @@ class Generator:
         for prompt, param in zip(prompts, params, strict=True):
             self.check(prompt, param)
         waiting = [Request(i, list(p), len(p), s) for i, (p, s) in enumerate(zip(prompts, params, strict=True))]
-        for request in waiting:
-            if request.params.seed is not None:
-                request.rng = torch.Generator().manual_seed(request.params.seed)
         running: list[Request] = []
         try:
             while waiting or running:
@@ -158,18 +161,19 @@ class Generator:
             chunks, [r.computed for r, _ in plan], [r.blocks for r, _ in plan], self.cache.block_size
         )
         logits = self.program(batch, self.cache)
-        done = []
+        done: list[Request] = []
+        rows: list[int] = []
         for row, (request, count) in enumerate(plan):
             request.computed += count
             if request.computed == len(request.tokens):
-                request.tokens.append(self._next(logits[row], request))
+                rows.append(row)
                 done.append(request)
+        sampled = self.sampler(logits[rows], [request.state for request in done])
+        for request, choice in zip(done, sampled, strict=True):
+            if not isinstance(choice, Sampled):
+                raise choice
+            request.tokens.append(choice.token)
         return done
-
-    def _next(self, logits: torch.Tensor, request: Request) -> int:
-        if request.num_generated < request.params.min_tokens and self.eos_token_ids:
-            logits = logits.index_fill(0, torch.tensor(sorted(self.eos_token_ids)), float("-inf"))
-        return choose(logits, request.params, request.rng)
 
     def _finish(self, request: Request, stop_check: StopCheck | None) -> None:
         params, token = request.params, request.tokens[-1]
@@ -177,7 +181,7 @@ class Generator:
         ends = token in params.stop_token_ids or (token in self.eos_token_ids and not params.ignore_eos)
         if (ends and not early) or (stop_check is not None and stop_check(request)):
             request.finish_reason = "stop"
-        elif request.num_generated >= params.max_tokens or len(request.tokens) >= self.max_model_len:
+        elif request.num_generated == params.max_tokens or len(request.tokens) >= self.max_model_len:
             request.finish_reason = "length"
 
 

@@ -8,6 +8,10 @@ from typing import Any
 from llmopt.compiler.errors import InputError
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
+# A character of UTF-8 has up to four bytes, and each token at least one of them.
+_MOST_TOKENS_OF_A_CHARACTER = 4
+# Tokens of the prompt that are decoded along, for tokenizers whose first token loses its leading space.
+_PROMPT_CONTEXT = 4
 
 
 class TextCodec:
@@ -16,15 +20,27 @@ class TextCodec:
     def __init__(self, tokenizer: Any) -> None:
         # A fast transformers tokenizer wraps a tokenizers.Tokenizer, which is all that is needed here.
         self.tokenizer = getattr(tokenizer, "backend_tokenizer", tokenizer)
+        self._special: frozenset[int] | None = None
 
-    def encode(self, text: str) -> list[int]:
-        """Token ids of a prompt, with the special tokens that the tokenizer's template adds."""
-        encoded = self.tokenizer.encode(text)
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        """Token ids of a text, with the special tokens that the tokenizer's template adds to a prompt, or without."""
+        encoded = self.tokenizer.encode(text, add_special_tokens=add_special_tokens)
         return list(getattr(encoded, "ids", encoded))
 
     def decode(self, ids: Sequence[int], skip_special_tokens: bool = True) -> str:
         """Text of token ids."""
         return str(self.tokenizer.decode(list(ids), skip_special_tokens=skip_special_tokens))
+
+    @property
+    def special_ids(self) -> frozenset[int]:
+        """Ids of special tokens, which `skip_special_tokens` leaves out."""
+        if self._special is None:
+            known = getattr(self.tokenizer, "all_special_ids", None)
+            if known is None:
+                added = self.tokenizer.get_added_tokens_decoder()
+                known = [token for token, entry in added.items() if entry.special]
+            self._special = frozenset(known)
+        return self._special
 
     def to_json(self) -> str:
         """The tokenizer as JSON text, as `tokenizers.Tokenizer.from_str` reads it."""
@@ -37,33 +53,62 @@ class IncrementalText:
     """Decodes a growing list of ids, and gives text only once no later token can change it.
 
     Byte-level tokenizers split characters over tokens; an unfinished character decodes to a replacement character and
-    is held back. So is the beginning of a stop string, which would be cut off if the rest of it came.
+    is held back. So is the beginning of a stop string, which would be cut off if the rest of it came. What a stop
+    string cuts off does not depend on where tokens begin: the one that is complete first in the text ends it.
 
     Args:
         codec: the tokenizer.
         skip_special_tokens: leave them out of the text.
         stop: texts that end it.
+        include_stop: keep the stop text at the end.
+        spaces_between_special_tokens: off, special tokens that are not left out stand side by side even where the
+            tokenizer would put a space between them.
+        prompt: token ids that come before, whose text is not given.
+
+    Attributes: `ids`, `text` (with what may still be held back) and `stopped_by`, the stop text that ended it or None.
     """
 
-    def __init__(self, codec: TextCodec, skip_special_tokens: bool = True, stop: Sequence[str] = ()) -> None:
+    def __init__(
+        self,
+        codec: TextCodec,
+        skip_special_tokens: bool = True,
+        stop: Sequence[str] = (),
+        *,
+        include_stop: bool = False,
+        spaces_between_special_tokens: bool = True,
+        prompt: Sequence[int] = (),
+    ) -> None:
         self._codec, self._skip, self._stop = codec, skip_special_tokens, tuple(stop)
+        self._include_stop = include_stop
+        self._joined = frozenset() if spaces_between_special_tokens or skip_special_tokens else codec.special_ids
         self.ids: list[int] = []
         self.text = ""
-        self.stopped = False
-        # Tokens up to `_settled` are in `text`; decoding starts at `_context`, because a token's text may depend on the
-        # one before it (a leading space).
-        self._context = self._settled = 0
+        self.stopped_by: str | None = None
+        # Decoding starts at `_context`, because a token's text may depend on the one before it (a leading space);
+        # tokens up to `_settled` are in `text`. Both count from the beginning of `_tokens`.
+        self._tokens = list(prompt[-_PROMPT_CONTEXT:])
+        self._context, self._settled = 0, len(self._tokens)
         self._given = 0
 
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string has ended the text."""
+        return self.stopped_by is not None
+
     def push(self, token: int, may_stop: bool = True) -> bool:
-        """Adds a token; whether a stop string is complete now. The text ends before it then.
+        """Adds a token; whether a stop string is complete now. The text ends before it then, or with it.
 
         With `may_stop` off, a stop string that this token completes is text like any other.
         """
+        if self.stopped:
+            return True
         self.ids.append(token)
+        self._tokens.append(token)
         new = self._new_text()
-        if not new.endswith(REPLACEMENT):
-            self._add(new, may_stop)
+        if new and not new.endswith(REPLACEMENT):
+            self._settle(new, len(self._tokens), may_stop)
+        elif len(self._tokens) - self._settled >= 2 * _MOST_TOKENS_OF_A_CHARACTER:
+            self._settle_front(new, may_stop)
         return self.stopped
 
     def take(self) -> str:
@@ -75,28 +120,60 @@ class IncrementalText:
     def finish(self) -> str:
         """As `take`, with the text that was held back; an unfinished character becomes a replacement character."""
         if not self.stopped:
-            self._add(self._new_text(), True)
+            self._settle(self._new_text(), len(self._tokens), True)
         given, self._given = self._given, len(self.text)
         return self.text[given:]
 
-    def _new_text(self) -> str:
-        before = self._codec.decode(self.ids[self._context : self._settled], self._skip)
-        return self._codec.decode(self.ids[self._context :], self._skip)[len(before) :]
+    def _decode(self, start: int, end: int) -> str:
+        tokens = self._tokens[start:end]
+        text = self._codec.decode(tokens, self._skip)
+        if sum(token in self._joined for token in tokens) < 2:
+            return text
+        cuts = [i for i in range(1, len(tokens)) if tokens[i] in self._joined and tokens[i - 1] in self._joined]
+        pieces = [tokens[a:b] for a, b in zip([0, *cuts], [*cuts, len(tokens)], strict=True)]
+        return "".join(self._codec.decode(piece, self._skip) for piece in pieces)
 
-    def _add(self, new: str, may_stop: bool) -> None:
-        if not new:
-            return
+    def _new_text(self) -> str:
+        return self._decode(self._context, len(self._tokens))[len(self._decode(self._context, self._settled)) :]
+
+    def _settle(self, new: str, upto: int, may_stop: bool) -> None:
+        """Takes `new` into the text, which is what tokens up to `upto` add to it."""
+        if upto > self._settled:
+            self._context, self._settled = self._settled, upto
         old = len(self.text)
-        self._context, self._settled = self._settled, len(self.ids)
         self.text += new
-        if may_stop:
-            starts = [self.text.find(stop, max(0, old - len(stop) + 1)) for stop in self._stop]
-            found = [start for start in starts if start >= 0]
-            if found:
-                self.text, self.stopped = self.text[: min(found)], True
+        if may_stop and new:
+            self._stop_after(old)
+
+    def _settle_front(self, new: str, may_stop: bool) -> None:
+        """Bytes that are no text at all must not be held for ever, nor tokens without text be decoded again and again.
+
+        Of so many tokens the last few may belong to a character that is not finished; a cut before them is right when
+        the text up to it remains what it was.
+        """
+        before = len(self._decode(self._context, self._settled))
+        latest = len(self._tokens) - _MOST_TOKENS_OF_A_CHARACTER
+        for cut in range(latest, self._settled, -1):
+            front = self._decode(self._context, cut)[before:]
+            if new.startswith(front):
+                self._settle(front, cut, may_stop)
+                return
+
+    def _stop_after(self, old: int) -> None:
+        """Ends the text at the stop string that is complete first in what follows the first `old` characters."""
+        found = []
+        for stop in self._stop:
+            start = self.text.find(stop, max(0, old - len(stop) + 1))
+            if start >= 0:
+                found.append((start + len(stop), start, stop))
+        if found:
+            end, start, self.stopped_by = min(found)
+            self.text = self.text[: end if self._include_stop else start]
 
     def _possible_stop(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
+        if self._include_stop:
+            return 0
         longest = max(map(len, self._stop), default=1) - 1
         tails = range(min(longest, len(self.text)), 0, -1)
         return next((n for n in tails if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)

@@ -1,0 +1,143 @@
+"""The choice of the next token for a whole batch of sequences, each with parameters of its own."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from llmopt.compiler.errors import SamplingError
+from llmopt.runtime.sampling.adjustments import adjust
+from llmopt.runtime.sampling.blocks import largest
+from llmopt.runtime.sampling.logprobs import TokenLogprobs, token_logprobs
+from llmopt.runtime.sampling.state import SamplingState
+from llmopt.runtime.sampling.truncation import choose
+
+
+class Sampled(NamedTuple):
+    """A chosen token; with its log probability where the request asks for it, and those of the likeliest tokens.
+
+    `top_logprobs` is as in `TokenLogprobs`; None without `SamplingParams.logprobs`.
+    """
+
+    token: int
+    logprob: float | None = None
+    top_logprobs: dict[int, float] | None = None
+
+
+class Sampler:
+    """Chooses the next token of each sequence of a batch.
+
+    The order of operations for each row:
+
+    1. log probabilities are those of the model's own logits (vLLM's "raw_logprobs");
+    2. logits in float32 are changed by grammar, allowed tokens, bad words, min_tokens, bias, penalties (vLLM's order);
+    3. a greedy row takes the largest, the first one of equals;
+    4. other rows divide by the temperature, truncate by top-k, top-p, min-p, typical-p (transformers' order), and draw.
+
+    What a row gets depends on its own logits and state alone, to the last bit.
+
+    Args:
+        vocab_size: V; logits may be wider (padded), what is beyond V is not looked at.
+        eos_token_ids: not chosen before `min_tokens`.
+    """
+
+    def __init__(self, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
+        self.vocab_size = vocab_size
+        self.eos_token_ids = tuple(token for token in dict.fromkeys(eos_token_ids) if 0 <= token < vocab_size)
+
+    def __call__(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:
+        """The next tokens for `logits[R, V]` of R sequences, which accept them.
+
+        A row that cannot be sampled (NaN or infinite logits, nothing that may follow, a grammar that failed) gets an
+        error and accepts nothing; the others are not affected.
+        """
+        if len(logits) != len(states):
+            raise SamplingError(f"{len(logits)} rows of logits for {len(states)} sequences")
+        if not states:
+            return []
+        raw = logits[:, : self.vocab_size]
+        scores = raw.float()
+        if any(state.is_adjusted for state in states):
+            return self._choose_adjusted(raw, scores, states)
+        best, places = largest(scores)
+        return self._finish(raw, scores, states, best, places, {})
+
+    def _choose_adjusted(
+        self, raw: Tensor, scores: Tensor, states: Sequence[SamplingState]
+    ) -> list[Sampled | SamplingError]:
+        # A NaN must be seen before a mask can cover it.
+        failed: dict[int, str] = {
+            row: _failure(value) for row, value in enumerate(largest(scores)[0].tolist()) if not math.isfinite(value)
+        }
+        for row, state in enumerate(states):
+            if state.highest_id >= raw.shape[1]:
+                failed[row] = f"token id {state.highest_id} of the parameters is not below {raw.shape[1]}"
+            elif state.grammar is not None and (error := state.grammar.error(raw.shape[1])):
+                failed[row] = error
+        scores = scores.clone(memory_format=torch.contiguous_format)
+        sound = [row for row in range(len(states)) if row not in failed]
+        if not failed:
+            adjust(scores, states, self.eos_token_ids)
+        elif sound:
+            part = scores[sound]
+            adjust(part, [states[row] for row in sound], self.eos_token_ids)
+            scores[sound] = part
+        best, places = largest(scores)
+        return self._finish(raw, scores, states, best, places, failed)
+
+    def _finish(
+        self,
+        raw: Tensor,
+        scores: Tensor,
+        states: Sequence[SamplingState],
+        best: Tensor,
+        places: Tensor,
+        failed: dict[int, str],
+    ) -> list[Sampled | SamplingError]:
+        """Chooses from adjusted scores, whose largest are known, and accepts."""
+        for row, value in enumerate(best.tolist()):
+            if not math.isfinite(value):
+                failed.setdefault(row, _failure(value))
+        tokens = places.tolist()
+        drawn = [row for row, state in enumerate(states) if not state.params.is_greedy and row not in failed]
+        if drawn:
+            uniforms = torch.tensor([states[row].uniform() for row in drawn], dtype=torch.float64, device=scores.device)
+            part = scores if len(drawn) == len(states) else scores[drawn]
+            chosen = choose(part, [states[row].params for row in drawn], uniforms)
+            for row, token in zip(drawn, chosen.tolist(), strict=True):
+                tokens[row] = token
+        logs = self._logprobs(raw, states, tokens, failed)
+        result: list[Sampled | SamplingError] = []
+        for row, (state, token) in enumerate(zip(states, tokens, strict=True)):
+            if row in failed:
+                result.append(SamplingError(failed[row]))
+                continue
+            state.accept(token)
+            log = logs.get(row)
+            if log is None:
+                result.append(Sampled(token))
+            else:
+                state.cumulative_logprob += log.logprob
+                top = None if state.params.logprobs is None else log.top_logprobs
+                result.append(Sampled(token, log.logprob, top))
+        return result
+
+    @staticmethod
+    def _logprobs(
+        raw: Tensor, states: Sequence[SamplingState], tokens: Sequence[int], failed: dict[int, str]
+    ) -> dict[int, TokenLogprobs]:
+        rows = [row for row, state in enumerate(states) if state.wants_logprob and row not in failed]
+        if not rows:
+            return {}
+        counts = [states[row].params.logprobs or 0 for row in rows]
+        return dict(zip(rows, token_logprobs(raw[rows], [tokens[row] for row in rows], counts), strict=True))
+
+
+def _failure(value: float) -> str:
+    if math.isnan(value):
+        return "the logits hold NaN"
+    return "the logits hold infinity" if value > 0 else "no token may follow: every logit is -inf"

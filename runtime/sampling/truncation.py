@@ -1,0 +1,153 @@
+"""Temperature, top-k, top-p, min-p and typical-p, and the draw from what they leave.
+
+In transformers' order, each seeing the distribution that the one before it left, renormalised: temperature, top-k,
+top-p, min-p, typical-p. (vLLM applies min-p before top-k and top-p.) Tokens of equal logits stay or go together.
+
+The first four leave the tokens whose logits reach some threshold, and that is found from a few of the largest logits in
+nearly every row. Only a row whose nucleus is wider is sorted, and only typical-p without top-k or top-p sorts always.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from llmopt.runtime.sampling.blocks import draw, draw_short, largest, row_sums, several_largest
+from llmopt.runtime.sampling.params import SamplingParams
+
+# How many of the largest logits are looked at first, and then for rows where those do not decide. Constants, because a
+# row must take the same way, with the same rounding, in any batch.
+_WIDTHS = (128, 1024)
+
+
+class _Rows:
+    """Rows to draw from, with their parameters as tensors; `at` gives some of them."""
+
+    def __init__(self, scores: Tensor, best: Tensor, k: Tensor, p: Tensor, floor: Tensor, typical: Tensor) -> None:
+        self.scores, self.best = scores, best  # [R, V] float32, [R, 1] float32
+        self.k, self.p, self.floor, self.typical = k, p, floor, typical  # [R, 1] each; k is V for all tokens
+
+    @staticmethod
+    def of(scores: Tensor, params: Sequence[SamplingParams]) -> _Rows:
+        vocab = scores.shape[1]
+
+        def column(numbers: list[float], dtype: torch.dtype) -> Tensor:
+            return torch.tensor(numbers, dtype=dtype, device=scores.device).unsqueeze(-1)
+
+        temperature = column([p.temperature for p in params], torch.float32)
+        if any(p.temperature != 1.0 for p in params):
+            scores = scores / temperature
+        return _Rows(
+            scores,
+            largest(scores)[0].unsqueeze(-1),
+            column([min(p.num_likeliest or vocab, vocab) for p in params], torch.int64),
+            column([p.top_p for p in params], torch.float64),
+            column([p.min_p for p in params], torch.float32),
+            column([p.typical_p for p in params], torch.float64),
+        )
+
+    def at(self, rows: Tensor) -> _Rows:
+        """These rows, by number `[N]`."""
+        if len(rows) == len(self.scores):
+            return self
+        parts = (self.scores, self.best, self.k, self.p, self.floor, self.typical)
+        return _Rows(*(part[rows] for part in parts))
+
+    def weights(self, values: Tensor, threshold: Tensor | None) -> Tensor:
+        """Probabilities relative to the best of the tokens that stay, for the row's `values[R, W]` in any order."""
+        weights = (values - self.best).exp_()
+        if threshold is not None:
+            weights.masked_fill_(values < threshold, 0.0)
+        if bool((self.floor > 0).any()):
+            weights.masked_fill_(weights < self.floor, 0.0)
+        if bool((self.typical < 1).any()):
+            weights.masked_fill_(_untypical(weights, self.typical), 0.0)
+        return weights
+
+
+def choose(scores: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
+    """A token for each row, drawn from softmax(scores / temperature) as truncated by the row's parameters.
+
+    Args:
+        scores: `[R, V]` float32, no NaN or +inf, at least one of each row finite.
+        params: one for each row, none of them greedy.
+        uniforms: `[R]` float64, random numbers from 0 to 1.
+
+    Returns token ids `[R]` int64.
+    """
+    rows = _Rows.of(scores, params)
+    vocab = scores.shape[1]
+    tokens = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
+    limited = ((rows.k < vocab) | (rows.p < 1)).squeeze(-1)
+    free = (~limited).nonzero().squeeze(-1)
+    if len(free):
+        part = rows.at(free)
+        tokens[free] = draw(part.weights(part.scores, None), uniforms[free])
+    left = limited.nonzero().squeeze(-1)
+    for width in (*(w for w in _WIDTHS if w < vocab), vocab):
+        if not len(left):
+            break
+        fits = (rows.k[left] < width).squeeze(-1) if width < vocab else torch.ones_like(left, dtype=torch.bool)
+        now = left[fits]
+        if len(now):
+            chosen, settled = _choose_limited(rows.at(now), uniforms[now], width)
+            tokens[now] = chosen
+            left = torch.cat([left[~fits], now[~settled]])
+    return tokens
+
+
+def _choose_limited(rows: _Rows, uniforms: Tensor, width: int) -> tuple[Tensor, Tensor]:
+    """Tokens `[R]` of rows with top-k or top-p, and for which rows the `width` largest logits sufficed, `[R]`."""
+    vocab = rows.scores.shape[1]
+    if width == vocab:
+        threshold = _threshold(rows, _sorted(rows.scores))
+        return draw(rows.weights(rows.scores, threshold), uniforms), torch.ones_like(uniforms, dtype=torch.bool)
+    values, places = several_largest(rows.scores, width)
+    threshold = _threshold(rows, values)
+    index = draw_short(rows.weights(values, threshold), uniforms.unsqueeze(-1)).clamp_(max=width - 1)
+    return places.gather(1, index).squeeze(-1), values[:, -1] < threshold.squeeze(-1)
+
+
+def _threshold(rows: _Rows, values: Tensor) -> Tensor:
+    """The least logit `[R, 1]` that top-k and top-p leave, from a row's largest `values[R, W]`, largest first.
+
+    It is right where it is larger than the last of `values`, or these are all.
+    """
+    vocab, width = rows.scores.shape[1], values.shape[1]
+    kth = values.gather(1, (rows.k - 1).clamp(max=width - 1))
+    weights = (values - rows.best).exp_().masked_fill_(values < kth, 0.0)
+    upto = weights.double().cumsum(-1)
+    total = upto[:, -1:]
+    whole = ((rows.k == vocab) & (rows.p < 1)).squeeze(-1)
+    if width < vocab and bool(whole.any()):
+        sums = row_sums((rows.scores - rows.best).exp_())
+        total = torch.where(whole, sums, total.squeeze(-1)).unsqueeze(-1)
+    # A token stays if those before it have not filled the nucleus, so the first always stays.
+    stays = torch.cat([torch.zeros_like(total), upto[:, :-1]], -1) < rows.p * total
+    last = values.gather(1, stays.sum(-1, keepdim=True).clamp_(min=1) - 1)
+    return torch.where(rows.p < 1, torch.maximum(last, kth), kth)
+
+
+def _sorted(scores: Tensor) -> Tensor:
+    """Each row, largest first. NumPy sorts floats ten times as fast as torch, which sorts places along."""
+    if scores.device.type != "cpu":
+        return scores.sort(-1, descending=True).values
+    return torch.from_numpy(np.sort(scores.neg().numpy(), axis=-1)).neg_()
+
+
+def _untypical(weights: Tensor, mass: Tensor) -> Tensor:
+    """Which tokens locally typical sampling removes, bool, for unnormalised `weights[R, W]`; `mass[R, 1]`, 1 for none.
+
+    Those whose surprise is farthest from its expectation, beyond the nearest ones that hold `mass`.
+    """
+    probabilities = weights.double() / row_sums(weights).unsqueeze(-1)
+    surprise = -probabilities.log()
+    entropy = (probabilities * surprise.masked_fill(weights == 0, 0.0)).cumsum(-1)[:, -1:]
+    distance = (surprise - entropy).abs()
+    order = distance.sort(dim=-1, stable=True).indices
+    upto = probabilities.gather(1, order).cumsum(-1)
+    last = (upto < mass).sum(-1, keepdim=True).clamp_(max=weights.shape[1] - 1)
+    return (distance > distance.gather(1, order.gather(1, last))) & (mass < 1)
