@@ -15,7 +15,8 @@ if TYPE_CHECKING:
     from llmopt.exporting import export, load
     from llmopt.llm import LLM, CompletionOutput, RequestOutput
     from llmopt.optimization import explain, optimize
-    from llmopt.runtime.sampling import SamplingParams
+    from llmopt.runtime.beam_search import BeamSearchParams
+    from llmopt.runtime.sampling import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
@@ -24,6 +25,8 @@ _HOME = {
     "CompletionOutput": "llmopt.llm",
     "RequestOutput": "llmopt.llm",
     "SamplingParams": "llmopt.runtime.sampling",
+    "StructuredOutputsParams": "llmopt.runtime.sampling",
+    "BeamSearchParams": "llmopt.runtime.beam_search",
     "Options": "llmopt.compiler.options",
     "optimize": "llmopt.optimization",
     "explain": "llmopt.optimization",
@@ -33,10 +36,12 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "BeamSearchParams",
     "CompletionOutput",
     "Options",
     "RequestOutput",
     "SamplingParams",
+    "StructuredOutputsParams",
     "errors",
     "explain",
     "export",

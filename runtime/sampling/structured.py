@@ -25,7 +25,7 @@ MAX_LENGTH = 1 << 16  # characters of a schema, grammar or list of choices
 MAX_REGEX_LENGTH = 1 << 12
 MAX_DEPTH = 64  # brackets inside brackets
 # The product of the counts of nested {m,n}, which llguidance would write out, in one regular expression.
-MAX_REPETITIONS = 1 << 12
+MAX_REPETITIONS = 1 << 16
 
 
 class GrammarCompiler:
@@ -209,7 +209,7 @@ def _schema(given: str | Mapping[str, object]) -> object:
 
 
 def _check_schema_patterns(schema: object) -> None:
-    """Patterns inside a schema are bounded as any other regular expression; so are the counts that are written out."""
+    """Patterns inside a schema are bounded as any other regular expression."""
     if isinstance(schema, list):
         for item in schema:
             _check_schema_patterns(item)
@@ -219,15 +219,10 @@ def _check_schema_patterns(schema: object) -> None:
         if key == "pattern" and isinstance(entry, str):
             check_size("json", entry, MAX_REGEX_LENGTH)
             check_repetitions("json", entry)
-        elif key in _COUNTS and isinstance(entry, int | float) and entry > MAX_REPETITIONS:
-            raise OptionError("json", f"{key}: {entry}", f"{key} of at most {MAX_REPETITIONS}")
         elif key == "patternProperties" and isinstance(entry, dict):
             for pattern in entry:
                 check_repetitions("json", pattern)
         _check_schema_patterns(entry)
-
-
-_COUNTS = frozenset({"minItems", "minLength", "maxItems", "maxLength", "minProperties", "maxProperties"})
 
 
 def _limits() -> LLParserLimits:
@@ -240,6 +235,7 @@ def _limits() -> LLParserLimits:
         step_max_items=50_000,
         max_lexer_states=100_000,
         max_grammar_size=200_000,
+        verbose_errors=False,
     )
 
 

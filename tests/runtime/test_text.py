@@ -5,8 +5,10 @@ from __future__ import annotations
 import functools
 
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from models.target import FOLDER
-from tokenizers import Tokenizer
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llmopt.huggingface import load_tokenizer
 from llmopt.runtime.text import REPLACEMENT, IncrementalText, TextCodec
@@ -123,3 +125,144 @@ def test_a_transformers_tokenizer_does_as_well() -> None:
     assert isinstance(slow.tokenizer, Tokenizer)
     assert slow.encode(TEXTS[0]) == codec().encode(TEXTS[0])
     assert Tokenizer.from_str(slow.to_json()).encode("x").ids == codec().encode("x")
+
+
+# ---- random text ---------------------------------------------------------------------------------------------------
+
+
+@functools.cache
+def metaspace_codec() -> TextCodec:
+    """As Llama-2's: a mark for the space, words of the vocabulary, and bytes for everything else."""
+    words = ["<unk>", "<s>", "▁", *map(chr, range(33, 127)), "▁the", "▁a", "é", "ing"]
+    tokens = {token: i for i, token in enumerate([*words, *(f"<0x{byte:02X}>" for byte in range(256))])}
+    tokenizer = Tokenizer(models.BPE(tokens, [], unk_token="<unk>", byte_fallback=True, fuse_unk=False))
+    tokenizer.pre_tokenizer = pre_tokenizers.Metaspace()
+    tokenizer.decoder = decoders.Sequence(
+        [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse(), decoders.Strip(" ", 1, 0)]
+    )
+    return TextCodec(tokenizer)
+
+
+CODECS = {"byte-level": codec, "byte-fallback": metaspace_codec}
+# Characters of one to four bytes, combining marks, joiners, and the replacement character itself.
+ALPHABET = st.one_of(
+    st.sampled_from("ab \n.é日本🙂🙃\u0301\u200d\ufe0f\ufffd\x00"), st.characters(exclude_categories=["Cs"])
+)
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_text_streams_without_a_broken_character(name: str, data: st.DataObject) -> None:
+    chosen, text = CODECS[name](), data.draw(st.text(ALPHABET, max_size=30))
+    ids = chosen.encode(text, add_special_tokens=False)
+    whole, stream, shown = chosen.decode(ids), IncrementalText(chosen), ""
+    for token in ids:
+        stream.push(token)
+        shown += stream.take()
+        assert whole.startswith(shown)
+        assert stream.text == shown
+    assert shown + stream.finish() == whole == stream.text
+
+
+@pytest.mark.parametrize("name", CODECS)
+@settings(max_examples=150, deadline=None)
+@given(data=st.data())
+def test_any_tokens_give_the_text_that_they_have_together(name: str, data: st.DataObject) -> None:
+    """Also bytes that are no text; then it matters that nothing is held for ever."""
+    chosen = CODECS[name]()
+    size = chosen.tokenizer.get_vocab_size()
+    ids = data.draw(st.lists(st.integers(0, size - 1), max_size=60))
+    stream, most = IncrementalText(chosen), 0
+    for token in ids:
+        stream.push(token)
+        stream.take()
+        most = max(most, len(stream._tokens) - stream._settled)
+    stream.finish()
+    if name == "byte-level":
+        assert stream.text == chosen.decode(ids)
+    assert most < 12
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    text=st.text("ab🙂é ", max_size=25),
+    stops=st.lists(st.text("ab🙂é ", min_size=1, max_size=4), min_size=1, max_size=3),
+    include=st.booleans(),
+)
+def test_stop_strings_do_not_depend_on_tokens(text: str, stops: list[str], include: bool) -> None:
+    """The same as when text comes character by character: the first that is complete ends it."""
+    expected, by = text, None
+    for end in range(len(text) + 1):
+        complete = [stop for stop in stops if text[:end].endswith(stop)]
+        if complete:
+            by = max(complete, key=len)
+            expected = text[:end] if include else text[: end - len(by)]
+            break
+    stream = IncrementalText(codec(), stop=stops, include_stop=include)
+    shown = ""
+    for token in codec().encode(text, add_special_tokens=False):
+        stopped = stream.push(token)
+        shown += stream.take()
+        assert expected.startswith(shown)
+        if stopped:
+            break
+    assert shown + stream.finish() == stream.text == expected
+    assert stream.stopped_by == by
+
+
+def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
+    """Continuation bytes without a beginning never become a character."""
+    byte = next(t for t in ids_of("🙂")[1:] if codec().decode([t]) == REPLACEMENT)
+    stream = IncrementalText(codec())
+    for _ in range(100):
+        stream.push(byte)
+    assert len(stream.take()) > 80
+    for token in ids_of("🙂"):
+        stream.push(token)
+    assert stream.take().endswith("🙂")
+    assert stream.text == codec().decode(stream.ids)
+
+
+def test_many_tokens_without_text_are_not_decoded_again_and_again() -> None:
+    stream = IncrementalText(codec())
+    for _ in range(50):
+        stream.push(1)
+    assert len(stream._tokens) - stream._settled < 10
+    for token in ids_of("x"):
+        stream.push(token)
+    assert stream.take() == "x"
+
+
+def test_the_prompt_keeps_the_space_of_the_first_word() -> None:
+    chosen = metaspace_codec()
+    prompt, more = chosen.encode("a", False), chosen.encode("the", False)
+    for before, expected in (((), "the"), (prompt, " the")):
+        stream = IncrementalText(chosen, prompt=before)
+        for token in more:
+            stream.push(token)
+        assert stream.take() + stream.finish() == expected
+
+
+def test_spaces_between_special_tokens() -> None:
+    tokenizer = Tokenizer.from_str(metaspace_codec().to_json())
+    tokenizer.add_special_tokens(["<s>", "<e>"])
+    tokenizer.decoder = decoders.WordPiece(cleanup=False)  # puts a space between all tokens
+    chosen = TextCodec(tokenizer)
+    ids = [chosen.tokenizer.token_to_id(token) for token in ("<s>", "<e>", "<s>")]
+    for spaced, expected in ((True, "<s> <e> <s>"), (False, "<s><e><s>")):
+        stream = IncrementalText(chosen, skip_special_tokens=False, spaces_between_special_tokens=spaced)
+        for token in ids:
+            stream.push(token)
+        stream.finish()
+        assert stream.text == expected
+    assert chosen.special_ids == set(ids)
+
+
+def test_nothing_comes_after_a_stop_string() -> None:
+    stream = IncrementalText(codec(), stop=("b",), include_stop=True)
+    for character in "abc":
+        for token in ids_of(character):
+            stream.push(token)
+    assert stream.text == "ab" and stream.take() == "ab" and stream.finish() == ""
+    assert stream.stopped_by == "b" and len(stream.ids) == 2
