@@ -6,7 +6,7 @@ and presence penalties. Each step touches the few entries that it is about, addr
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
 import numpy as np
 import torch
@@ -22,61 +22,46 @@ def adjust(scores: Tensor, states: Sequence[SamplingState], eos_token_ids: Seque
     """Changes `scores[R, V]` (float32, contiguous) in place. All token ids of the states must lie below V."""
     flat, vocab = scores.view(-1), scores.shape[1]
 
-    def entries(tokens_of_rows: Iterable[tuple[int, Iterable[int]]]) -> Tensor:
-        """Places in `flat` of tokens that are given row by row."""
-        places = [row * vocab + token for row, tokens in tokens_of_rows for token in tokens]
-        return torch.tensor(places, dtype=torch.int64, device=scores.device)
+    def entries(ids: Sequence[np.ndarray], rows: Sequence[int]) -> Tensor:
+        """Places in `flat` of token ids that are given row by row."""
+        places = np.concatenate([row * vocab + tokens for row, tokens in zip(rows, ids, strict=True)])
+        return torch.from_numpy(places).to(scores.device)
 
     _mask_grammars(scores, states)
-    fixed = [row for row, state in enumerate(states) if state.params.allowed_token_ids is not None]
-    if fixed:
-        kept = entries((row, states[row].params.allowed_token_ids or ()) for row in fixed)
+    if fixed := [row for row, state in enumerate(states) if len(state.allowed_ids)]:
+        kept = entries([states[row].allowed_ids for row in fixed], fixed)
         values = flat[kept]
         scores[torch.tensor(fixed, device=scores.device)] = NEVER
         flat[kept] = values
-    if any(state.bad_words for state in states):
-        flat[entries((row, banned(state)) for row, state in enumerate(states) if state.bad_words)] = NEVER
+    if wary := [row for row, state in enumerate(states) if state.bad_words]:
+        banned = [np.array(states[row].bad_words.banned(states[row].generated), dtype=np.int64) for row in wary]
+        flat[entries(banned, wary)] = NEVER
     # A finished structure leaves nothing but the end of sequence, however early it is.
-    early = [row for row, state in enumerate(states) if state.is_early and not state.is_complete]
-    if early:
-        ends = entries((row, (*eos_token_ids, *states[row].params.stop_token_ids)) for row in early)
-        flat[ends] = NEVER
-    biased = [row for row, state in enumerate(states) if state.params.logit_bias]
-    if biased:
-        biases = [bias for row in biased for bias in (states[row].params.logit_bias or {}).values()]
-        flat[entries((row, states[row].params.logit_bias or ()) for row in biased)] += torch.tensor(
-            biases, dtype=torch.float32, device=scores.device
-        )
-    _penalise(flat, vocab, states)
+    if early := [row for row, state in enumerate(states) if state.is_early and not state.is_complete]:
+        eos = np.array(eos_token_ids, dtype=np.int64)
+        flat[entries([np.concatenate([eos, states[row].stop_ids]) for row in early], early)] = NEVER
+    if biased := [row for row, state in enumerate(states) if len(state.biased_ids)]:
+        biases = torch.from_numpy(np.concatenate([states[row].biases for row in biased])).to(scores.device)
+        flat[entries([states[row].biased_ids for row in biased], biased)] += biases
+    if penalised := [row for row, state in enumerate(states) if state.counts]:
+        places = entries([counts.ids for row in penalised if (counts := states[row].counts)], penalised)
+        _penalise(flat, places, [states[row] for row in penalised])
 
 
-def banned(state: SamplingState) -> list[int]:
-    """The tokens that would complete a bad word after what was generated."""
-    given = state.generated
-    return [
-        word[-1]
-        for word in state.bad_words
-        if len(word) == 1 or (len(word) <= len(given) + 1 and tuple(given[1 - len(word) :]) == word[:-1])
-    ]
-
-
-def _penalise(flat: Tensor, vocab: int, states: Sequence[SamplingState]) -> None:
-    rows = [(row, state.params, state.counts) for row, state in enumerate(states) if state.counts]
-    if not rows:
-        return
+def _penalise(flat: Tensor, places: Tensor, states: Sequence[SamplingState]) -> None:
+    counts = [state.counts.counts for state in states if state.counts]
 
     def spread(numbers: list[float]) -> Tensor:
         """One number of each row, for each of the row's tokens."""
-        lengths = [len(counts) for _, _, counts in rows]
-        return torch.from_numpy(np.repeat(np.array(numbers, dtype=np.float32), lengths)).to(flat.device)
+        repeated = np.repeat(np.array(numbers, dtype=np.float32), [len(times) for times in counts])
+        return torch.from_numpy(repeated).to(flat.device)
 
-    places = torch.from_numpy(np.concatenate([row * vocab + counts.ids for row, _, counts in rows])).to(flat.device)
-    times = torch.from_numpy(np.concatenate([counts.counts for _, _, counts in rows])).to(flat.device)
-    repetition = spread([params.repetition_penalty for _, params, _ in rows])
+    times = torch.from_numpy(np.concatenate(counts)).to(flat.device)
+    repetition = spread([state.params.repetition_penalty for state in states])
     values = flat[places]
     values = torch.where(values > 0, values / repetition, values * repetition)
-    values -= spread([params.frequency_penalty for _, params, _ in rows]) * times
-    values -= spread([params.presence_penalty for _, params, _ in rows]) * (times > 0)
+    values -= spread([state.params.frequency_penalty for state in states]) * times
+    values -= spread([state.params.presence_penalty for state in states]) * (times > 0)
     flat[places] = values
 
 

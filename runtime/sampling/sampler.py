@@ -78,7 +78,8 @@ class Sampler:
                 failed[row] = f"token id {state.highest_id} of the parameters is not below {raw.shape[1]}"
             elif state.grammar is not None and (error := state.grammar.error(raw.shape[1])):
                 failed[row] = error
-        scores = scores.clone(memory_format=torch.contiguous_format)
+        if raw.dtype == torch.float32:  # otherwise they are a copy already
+            scores = scores.clone(memory_format=torch.contiguous_format)
         sound = [row for row in range(len(states)) if row not in failed]
         if not failed:
             adjust(scores, states, self.eos_token_ids)

@@ -44,6 +44,25 @@ class TokenCounts:
         return self._counts[: len(self)]
 
 
+class BadWords:
+    """Token sequences that must not be completed, found by the token before their last."""
+
+    def __init__(self, words: Sequence[Sequence[int]]) -> None:
+        self._always = [word[0] for word in words if len(word) == 1]
+        self._after: dict[int, list[tuple[int, ...]]] = {}
+        for word in words:
+            if len(word) > 1:
+                self._after.setdefault(word[-2], []).append(tuple(word))
+
+    def __bool__(self) -> bool:
+        return bool(self._always or self._after)
+
+    def banned(self, generated: Sequence[int]) -> list[int]:
+        """The tokens that would complete one after what was generated."""
+        near = self._after.get(generated[-1], ()) if generated else ()
+        return self._always + [word[-1] for word in near if tuple(generated[1 - len(word) :]) == word[:-1]]
+
+
 class SamplingState:
     """One sequence that is being generated.
 
@@ -77,7 +96,12 @@ class SamplingState:
         self.params = params
         self.generated: list[int] = []
         self.cumulative_logprob = 0.0
-        self.bad_words = constraints.bad_words
+        self.bad_words = BadWords(constraints.bad_words)
+        # As arrays, because they may be long and are needed at every step.
+        self.stop_ids = np.array(params.stop_token_ids, dtype=np.int64)
+        self.allowed_ids = np.array(params.allowed_token_ids or (), dtype=np.int64)
+        self.biased_ids = np.array(list(params.logit_bias or ()), dtype=np.int64)
+        self.biases = np.array(list((params.logit_bias or {}).values()), dtype=np.float32)
         self.grammar = constraints.grammar.start() if constraints.grammar is not None else None
         penalised = params.repetition_penalty != 1.0
         self.counts: TokenCounts | None = None
@@ -92,14 +116,14 @@ class SamplingState:
             self.counts is not None
             or self.grammar is not None
             or self.bad_words
-            or params.logit_bias
-            or params.allowed_token_ids is not None
+            or len(self.biased_ids)
+            or len(self.allowed_ids)
         )
         self.highest_id = max(
             max(params.stop_token_ids, default=0),
-            max(params.logit_bias or (), default=0),
-            max(params.allowed_token_ids or (), default=0),
-            max((max(word) for word in self.bad_words), default=0),
+            int(self.biased_ids.max(initial=0)),
+            int(self.allowed_ids.max(initial=0)),
+            max((max(word) for word in constraints.bad_words), default=0),
             max(prompt, default=0) if penalised else 0,
         )
 

@@ -6,6 +6,7 @@ import functools
 import json
 import re
 import time
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -27,6 +28,15 @@ from llmopt.runtime.text import TextCodec
 
 EOS = 1
 PADDING = 13  # the model's vocabulary is wider than the tokenizer's
+
+
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    """Everything here is small: a second thread only waits."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 @functools.cache
@@ -83,7 +93,7 @@ PERSON = {
 @pytest.mark.parametrize("as_text", [True, False])
 def test_json_schema(as_text: bool) -> None:
     schema = json.dumps(PERSON) if as_text else PERSON
-    for text in generate([state_for(seed, json=schema) for seed in range(6)], close=4.0):
+    for text in generate([state_for(s, json=schema, whitespace_pattern=" ?") for s in range(6)], close=4.0):
         person = json.loads(text)
         assert set(person) == {"name", "age", "tags"}
         assert isinstance(person["name"], str) and len(person["name"]) <= 12
@@ -97,7 +107,7 @@ def test_json_without_white_space() -> None:
         json.loads(text)
 
 
-@pytest.mark.parametrize("pattern", [r"[a-c]{2,5}-\d{3}", r"(?:yes|no|nö 🙂)", r"\w+@\w+\.(com|org)"])
+@pytest.mark.parametrize("pattern", [r"[a-c]{2,5}-\d{3}", r"(?:yes|no|nö 🙂)", r"\w{1,9}@\w{1,5}\.(com|org)"])
 def test_regex(pattern: str) -> None:
     for text in generate([state_for(seed, regex=pattern) for seed in range(6)], close=0.0):
         assert re.fullmatch(pattern, text), text
@@ -121,7 +131,9 @@ def test_grammar(grammar: str) -> None:
 
 
 def test_any_json_object() -> None:
-    assert isinstance(json.loads(generate([state_for(json_object=True)], steps=400, close=8.0)[0]), dict)
+    assert isinstance(
+        json.loads(generate([state_for(json_object=True, disable_any_whitespace=True)], close=8.0)[0]), dict
+    )
 
 
 def test_without_the_grammar_the_text_is_not_valid() -> None:
