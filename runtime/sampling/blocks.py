@@ -17,6 +17,20 @@ _TOP_BLOCK = 64  # ... for the several largest
 _SUM_BLOCK = 128
 
 
+class Workspace:
+    """Memory for one `[R, V]` float32 tensor, kept from step to step: fresh pages cost more than the work on them."""
+
+    def __init__(self) -> None:
+        self._memory = torch.empty(0)
+
+    def like(self, rows: Tensor) -> Tensor:
+        """A contiguous float32 tensor of the shape and on the device of `rows`; what it held is lost."""
+        count = rows.numel()
+        if self._memory.numel() < count or self._memory.device != rows.device:
+            self._memory = torch.empty(count, dtype=torch.float32, device=rows.device)
+        return self._memory[:count].view(rows.shape)
+
+
 def _blocked(rows: Tensor, size: int) -> tuple[Tensor, Tensor]:
     """`[R, N, size]` and the `[R, T]` that is left over, T < size; both are views."""
     whole = rows.shape[1] // size * size

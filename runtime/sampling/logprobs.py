@@ -56,7 +56,9 @@ def _of_chunk(scores: Tensor, tokens: Sequence[int], counts: Sequence[int]) -> l
     tops = zip((values - normaliser).tolist(), places.tolist(), strict=True)
     result = []
     for token, value, count, (logs, ids) in zip(tokens, own, counts, tops, strict=True):
-        top = dict(zip(ids[:count], logs[:count], strict=True))
-        top.setdefault(token, value)
+        top: dict[int, float] = {}
+        # The first entry of a token counts: where logits are -inf a place may come again.
+        for place, log in (*zip(ids[:count], logs[:count], strict=True), (token, value)):
+            top.setdefault(place, log)
         result.append(TokenLogprobs(value, top))
     return result

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from llmopt.compiler.errors import SamplingError
 from llmopt.runtime.sampling.adjustments import adjust
-from llmopt.runtime.sampling.blocks import largest
+from llmopt.runtime.sampling.blocks import Workspace, largest
 from llmopt.runtime.sampling.logprobs import TokenLogprobs, token_logprobs
 from llmopt.runtime.sampling.state import SamplingState
 from llmopt.runtime.sampling.truncation import choose
@@ -47,6 +47,7 @@ class Sampler:
 
     def __init__(self, vocab_size: int, eos_token_ids: Sequence[int] = ()) -> None:
         self.vocab_size = vocab_size
+        self._scores, self._work = Workspace(), Workspace()
         self.eos_token_ids = tuple(token for token in dict.fromkeys(eos_token_ids) if 0 <= token < vocab_size)
 
     def __call__(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:
@@ -60,8 +61,10 @@ class Sampler:
         if not states:
             return []
         raw = logits[:, : self.vocab_size]
-        scores = raw.float()
-        if any(state.is_adjusted for state in states):
+        adjusted = any(state.is_adjusted for state in states)
+        plain = raw.dtype == torch.float32 and not adjusted
+        scores = raw if plain else self._scores.like(raw).copy_(raw)
+        if adjusted:
             return self._choose_adjusted(raw, scores, states)
         best, places = largest(scores)
         return self._finish(raw, scores, states, best, places, {})
@@ -78,8 +81,6 @@ class Sampler:
                 failed[row] = f"token id {state.highest_id} of the parameters is not below {raw.shape[1]}"
             elif state.grammar is not None and (error := state.grammar.error(raw.shape[1])):
                 failed[row] = error
-        if raw.dtype == torch.float32:  # otherwise they are a copy already
-            scores = scores.clone(memory_format=torch.contiguous_format)
         sound = [row for row in range(len(states)) if row not in failed]
         if not failed:
             adjust(scores, states, self.eos_token_ids)
@@ -108,7 +109,7 @@ class Sampler:
         if drawn:
             uniforms = torch.tensor([states[row].uniform() for row in drawn], dtype=torch.float64, device=scores.device)
             part = scores if len(drawn) == len(states) else scores[drawn]
-            chosen = choose(part, [states[row].params for row in drawn], uniforms)
+            chosen = choose(part, [states[row].params for row in drawn], uniforms, self._work)
             for row, token in zip(drawn, chosen.tolist(), strict=True):
                 tokens[row] = token
         logs = self._logprobs(raw, states, tokens, failed)

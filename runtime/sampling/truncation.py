@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmopt.runtime.sampling.blocks import draw, draw_short, largest, row_sums, several_largest
+from llmopt.runtime.sampling.blocks import Workspace, draw, draw_short, largest, row_sums, several_largest
 from llmopt.runtime.sampling.params import SamplingParams
 
 # How many of the largest logits are looked at first, and then for rows where those do not decide. Constants, because a
@@ -26,8 +26,10 @@ _WIDTHS = (128, 1024)
 class _Rows:
     """Rows to draw from, with their parameters as tensors; `at` gives some of them."""
 
-    def __init__(self, scores: Tensor, best: Tensor, k: Tensor, p: Tensor, floor: Tensor, typical: Tensor) -> None:
-        self.scores, self.best = scores, best  # [R, V] float32, [R, 1] float32
+    def __init__(
+        self, scores: Tensor, best: Tensor, heat: Tensor, k: Tensor, p: Tensor, floor: Tensor, typical: Tensor
+    ):
+        self.scores, self.best, self.heat = scores, best, heat  # [R, V], [R, 1] float32, [R, 1] float32: temperature
         self.k, self.p, self.floor, self.typical = k, p, floor, typical  # [R, 1] each; k is V for all tokens
 
     @staticmethod
@@ -37,12 +39,10 @@ class _Rows:
         def column(numbers: list[float], dtype: torch.dtype) -> Tensor:
             return torch.tensor(numbers, dtype=dtype, device=scores.device).unsqueeze(-1)
 
-        temperature = column([p.temperature for p in params], torch.float32)
-        if any(p.temperature != 1.0 for p in params):
-            scores = scores / temperature
         return _Rows(
             scores,
             largest(scores)[0].unsqueeze(-1),
+            column([p.temperature for p in params], torch.float32),
             column([min(p.num_likeliest or vocab, vocab) for p in params], torch.int64),
             column([p.top_p for p in params], torch.float64),
             column([p.min_p for p in params], torch.float32),
@@ -53,12 +53,16 @@ class _Rows:
         """These rows, by number `[N]`."""
         if len(rows) == len(self.scores):
             return self
-        parts = (self.scores, self.best, self.k, self.p, self.floor, self.typical)
+        parts = (self.scores, self.best, self.heat, self.k, self.p, self.floor, self.typical)
         return _Rows(*(part[rows] for part in parts))
 
-    def weights(self, values: Tensor, threshold: Tensor | None) -> Tensor:
-        """Probabilities relative to the best of the tokens that stay, for the row's `values[R, W]` in any order."""
-        weights = (values - self.best).exp_()
+    def relative(self, values: Tensor, out: Tensor | None = None) -> Tensor:
+        """Probabilities relative to the best token's, for the rows' `values[R, W]`, in `out` if it is given."""
+        return torch.sub(values, self.best, out=out).div_(self.heat).exp_()
+
+    def weights(self, values: Tensor, threshold: Tensor | None, out: Tensor | None = None) -> Tensor:
+        """The same for those that stay, and 0 for others; `values` may be in any order."""
+        weights = self.relative(values, out)
         if threshold is not None:
             weights.masked_fill_(values < threshold, 0.0)
         if bool((self.floor > 0).any()):
@@ -68,13 +72,14 @@ class _Rows:
         return weights
 
 
-def choose(scores: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -> Tensor:
+def choose(scores: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, work: Workspace) -> Tensor:
     """A token for each row, drawn from softmax(scores / temperature) as truncated by the row's parameters.
 
     Args:
         scores: `[R, V]` float32, no NaN or +inf, at least one of each row finite.
         params: one for each row, none of them greedy.
         uniforms: `[R]` float64, random numbers from 0 to 1.
+        work: memory that is not in use elsewhere.
 
     Returns token ids `[R]` int64.
     """
@@ -85,45 +90,47 @@ def choose(scores: Tensor, params: Sequence[SamplingParams], uniforms: Tensor) -
     free = (~limited).nonzero().squeeze(-1)
     if len(free):
         part = rows.at(free)
-        tokens[free] = draw(part.weights(part.scores, None), uniforms[free])
+        tokens[free] = draw(part.weights(part.scores, None, work.like(part.scores)), uniforms[free])
     left = limited.nonzero().squeeze(-1)
     for width in (*(w for w in _WIDTHS if w < vocab), vocab):
         if not len(left):
             break
-        fits = (rows.k[left] < width).squeeze(-1) if width < vocab else torch.ones_like(left, dtype=torch.bool)
+        k = rows.k[left].squeeze(-1)
+        fits = (k < width) | (k == vocab)
         now = left[fits]
         if len(now):
-            chosen, settled = _choose_limited(rows.at(now), uniforms[now], width)
+            chosen, settled = _choose_limited(rows.at(now), uniforms[now], width, work)
             tokens[now] = chosen
             left = torch.cat([left[~fits], now[~settled]])
     return tokens
 
 
-def _choose_limited(rows: _Rows, uniforms: Tensor, width: int) -> tuple[Tensor, Tensor]:
+def _choose_limited(rows: _Rows, uniforms: Tensor, width: int, work: Workspace) -> tuple[Tensor, Tensor]:
     """Tokens `[R]` of rows with top-k or top-p, and for which rows the `width` largest logits sufficed, `[R]`."""
     vocab = rows.scores.shape[1]
     if width == vocab:
-        threshold = _threshold(rows, _sorted(rows.scores))
-        return draw(rows.weights(rows.scores, threshold), uniforms), torch.ones_like(uniforms, dtype=torch.bool)
+        threshold = _threshold(rows, _sorted(rows.scores), work)
+        weights = rows.weights(rows.scores, threshold, work.like(rows.scores))
+        return draw(weights, uniforms), torch.ones_like(uniforms, dtype=torch.bool)
     values, places = several_largest(rows.scores, width)
-    threshold = _threshold(rows, values)
+    threshold = _threshold(rows, values, work)
     index = draw_short(rows.weights(values, threshold), uniforms.unsqueeze(-1)).clamp_(max=width - 1)
     return places.gather(1, index).squeeze(-1), values[:, -1] < threshold.squeeze(-1)
 
 
-def _threshold(rows: _Rows, values: Tensor) -> Tensor:
+def _threshold(rows: _Rows, values: Tensor, work: Workspace) -> Tensor:
     """The least logit `[R, 1]` that top-k and top-p leave, from a row's largest `values[R, W]`, largest first.
 
     It is right where it is larger than the last of `values`, or these are all.
     """
     vocab, width = rows.scores.shape[1], values.shape[1]
     kth = values.gather(1, (rows.k - 1).clamp(max=width - 1))
-    weights = (values - rows.best).exp_().masked_fill_(values < kth, 0.0)
+    weights = rows.relative(values).masked_fill_(values < kth, 0.0)
     upto = weights.double().cumsum(-1)
     total = upto[:, -1:]
     whole = ((rows.k == vocab) & (rows.p < 1)).squeeze(-1)
     if width < vocab and bool(whole.any()):
-        sums = row_sums((rows.scores - rows.best).exp_())
+        sums = row_sums(rows.relative(rows.scores, work.like(rows.scores)))
         total = torch.where(whole, sums, total.squeeze(-1)).unsqueeze(-1)
     # A token stays if those before it have not filled the nucleus, so the first always stays.
     stays = torch.cat([torch.zeros_like(total), upto[:, :-1]], -1) < rows.p * total
@@ -147,7 +154,19 @@ def _untypical(weights: Tensor, mass: Tensor) -> Tensor:
     surprise = -probabilities.log()
     entropy = (probabilities * surprise.masked_fill(weights == 0, 0.0)).cumsum(-1)[:, -1:]
     distance = (surprise - entropy).abs()
-    order = distance.sort(dim=-1, stable=True).indices
-    upto = probabilities.gather(1, order).cumsum(-1)
-    last = (upto < mass).sum(-1, keepdim=True).clamp_(max=weights.shape[1] - 1)
-    return (distance > distance.gather(1, order.gather(1, last))) & (mass < 1)
+    return (distance > _typical_limit(distance, probabilities, mass)) & (mass < 1)
+
+
+def _typical_limit(distance: Tensor, probabilities: Tensor, mass: Tensor) -> Tensor:
+    """The distance `[R, 1]` at which the nearest tokens of each row hold `mass`."""
+    vocab = distance.shape[1]
+    limit, left = torch.zeros_like(mass), torch.arange(len(mass), device=mass.device)
+    for width in (*(w for w in _WIDTHS if w < vocab), vocab):
+        near, places = several_largest(-distance[left], width)
+        upto = probabilities[left].gather(1, places).cumsum(-1)
+        last = (upto < mass[left]).sum(-1, keepdim=True)
+        limit[left] = -near.gather(1, last.clamp(max=width - 1))
+        left = left[(last >= width).squeeze(-1)]
+        if not len(left):
+            break
+    return limit

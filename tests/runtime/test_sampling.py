@@ -13,7 +13,7 @@ from torch import Tensor
 
 from llmopt.errors import SamplingError
 from llmopt.runtime.sampling import Constraints, Sampled, Sampler, SamplingParams, SamplingState, truncation
-from llmopt.runtime.sampling.blocks import draw, largest, several_largest
+from llmopt.runtime.sampling.blocks import Workspace, draw, largest, several_largest
 
 DRAWS = 6000
 # A short vocabulary, and one that is longer than the first look at the largest logits.
@@ -132,13 +132,14 @@ def _next_token(weights: Tensor, uniforms: Tensor) -> Tensor:
     return (draw(weights, uniforms) + 1) % weights.shape[1]
 
 
-def _one_more(rows: truncation._Rows, values: Tensor) -> Tensor:
+def _one_more(rows: truncation._Rows, values: Tensor, work: Workspace) -> Tensor:
     rows.k += 1
-    return THRESHOLD(rows, values)
+    return THRESHOLD(rows, values, work)
 
 
-def _no_nucleus(rows: truncation._Rows, values: Tensor) -> Tensor:
-    return THRESHOLD(truncation._Rows(rows.scores, rows.best, rows.k, rows.p * 0 + 1, rows.floor, rows.typical), values)
+def _no_nucleus(rows: truncation._Rows, values: Tensor, work: Workspace) -> Tensor:
+    rows.p = torch.ones_like(rows.p)
+    return THRESHOLD(rows, values, work)
 
 
 THRESHOLD, UNIFORM = truncation._threshold, SamplingState.uniform

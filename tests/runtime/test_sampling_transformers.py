@@ -11,6 +11,7 @@ from torch import Tensor
 
 from llmopt.runtime.sampling import Constraints, SamplingParams, SamplingState, truncation
 from llmopt.runtime.sampling.adjustments import adjust
+from llmopt.runtime.sampling.blocks import Workspace
 
 Words = tuple[tuple[int, ...], ...]
 VOCABS = (37, 1500)
@@ -27,7 +28,7 @@ def left_by(params: SamplingParams, logits: Tensor) -> Tensor:
     for row in range(len(logits)):
         rows = truncation._Rows.of(logits[row : row + 1], [params])
         limited = params.num_likeliest or params.top_p < 1
-        threshold = truncation._threshold(rows, truncation._sorted(rows.scores)) if limited else None
+        threshold = truncation._threshold(rows, truncation._sorted(rows.scores), Workspace()) if limited else None
         found[row] = (rows.weights(rows.scores, threshold) > 0)[0]
     return found
 
@@ -79,7 +80,7 @@ def test_draws_stay_within_them(case: int, vocab: int) -> None:
     allowed = expected > float("-inf")
     for uniform in (1e-12, 0.2, 0.7, 1 - 1e-12):
         tokens = truncation.choose(
-            logits, [SamplingParams(**given)] * ROWS, torch.full((ROWS,), uniform, dtype=torch.float64)
+            logits, [SamplingParams(**given)] * ROWS, torch.full((ROWS,), uniform, dtype=torch.float64), Workspace()
         )
         assert allowed[torch.arange(ROWS), tokens].all()
 
