@@ -7,6 +7,7 @@ schema fails the same way on every machine; size and nesting are bounded here, b
 
 from __future__ import annotations
 
+import functools
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -19,7 +20,7 @@ from llmopt.runtime.sampling.checks import shortened
 from llmopt.runtime.sampling.params import StructuredOutputsParams
 
 if TYPE_CHECKING:
-    from llguidance import LLMatcher, LLParserLimits
+    from llguidance import LLExecutor, LLMatcher, LLParserLimits
 
 MAX_LENGTH = 1 << 16  # characters of a schema, grammar or list of choices
 MAX_REGEX_LENGTH = 1 << 12
@@ -135,24 +136,25 @@ def fill_masks(states: Sequence[GrammarState], vocab_size: int) -> np.ndarray:
 
     A state whose limits are exceeded has an error afterwards, and nothing is allowed.
     """
-    from llguidance import LLExecutor
-
     words = -(-vocab_size // 32)
     masks = np.zeros((len(states), words), dtype=np.uint32)
-    matchers = [(state.matcher, row) for row, state in enumerate(states)]
     if len(states) == 1:
         states[0].matcher.unsafe_compute_mask_ptr(masks.ctypes.data, words * 4)
     else:
-        global _executor
-        _executor = _executor or LLExecutor()
-        _executor.unsafe_compute_mask_ptr(matchers, masks.ctypes.data, words * 4, len(states))
+        matchers = [(state.matcher, row) for row, state in enumerate(states)]
+        _executor().unsafe_compute_mask_ptr(matchers, masks.ctypes.data, words * 4, len(states))
     for row, state in enumerate(states):
         if state.matcher.is_error():
             masks[row] = 0
     return np.unpackbits(masks.view(np.uint8), axis=1, count=vocab_size, bitorder="little")
 
 
-_executor = None
+@functools.cache
+def _executor() -> LLExecutor:
+    """The threads that fill masks, started when first needed."""
+    from llguidance import LLExecutor
+
+    return LLExecutor()
 
 
 def check_size(option: str, text: str, longest: int, *, brackets: bool = True) -> None:

@@ -10,6 +10,7 @@ nearly every row. Only a row whose nucleus is wider is sorted, and only typical-
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -23,14 +24,16 @@ from llmopt.runtime.sampling.params import SamplingParams
 _WIDTHS = (128, 1024)
 
 
-class _Rows:
-    """Rows to draw from, with their parameters as tensors; `at` gives some of them."""
+class _Rows(NamedTuple):
+    """Rows `[R, V]` float32 to draw from; the best logit and the parameters of each, `[R, 1]`; `k` is V for all."""
 
-    def __init__(
-        self, scores: Tensor, best: Tensor, heat: Tensor, k: Tensor, p: Tensor, floor: Tensor, typical: Tensor
-    ):
-        self.scores, self.best, self.heat = scores, best, heat  # [R, V], [R, 1] float32, [R, 1] float32: temperature
-        self.k, self.p, self.floor, self.typical = k, p, floor, typical  # [R, 1] each; k is V for all tokens
+    scores: Tensor
+    best: Tensor
+    temperature: Tensor
+    k: Tensor
+    p: Tensor
+    floor: Tensor
+    typical: Tensor
 
     @staticmethod
     def of(scores: Tensor, params: Sequence[SamplingParams]) -> _Rows:
@@ -50,15 +53,12 @@ class _Rows:
         )
 
     def at(self, rows: Tensor) -> _Rows:
-        """These rows, by number `[N]`."""
-        if len(rows) == len(self.scores):
-            return self
-        parts = (self.scores, self.best, self.heat, self.k, self.p, self.floor, self.typical)
-        return _Rows(*(part[rows] for part in parts))
+        """These rows, by number `[N]`, ascending."""
+        return self if len(rows) == len(self.scores) else _Rows(*(part[rows] for part in self))
 
     def relative(self, values: Tensor, out: Tensor | None = None) -> Tensor:
         """Probabilities relative to the best token's, for the rows' `values[R, W]`, in `out` if it is given."""
-        return torch.sub(values, self.best, out=out).div_(self.heat).exp_()
+        return torch.sub(values, self.best, out=out).div_(self.temperature).exp_()
 
     def weights(self, values: Tensor, threshold: Tensor | None, out: Tensor | None = None) -> Tensor:
         """The same for those that stay, and 0 for others; `values` may be in any order."""
@@ -101,7 +101,7 @@ def choose(scores: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, w
         if len(now):
             chosen, settled = _choose_limited(rows.at(now), uniforms[now], width, work)
             tokens[now] = chosen
-            left = torch.cat([left[~fits], now[~settled]])
+            left = torch.cat([left[~fits], now[~settled]]).sort().values
     return tokens
 
 

@@ -133,13 +133,11 @@ def _next_token(weights: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _one_more(rows: truncation._Rows, values: Tensor, work: Workspace) -> Tensor:
-    rows.k += 1
-    return THRESHOLD(rows, values, work)
+    return THRESHOLD(rows._replace(k=rows.k + 1), values, work)
 
 
 def _no_nucleus(rows: truncation._Rows, values: Tensor, work: Workspace) -> Tensor:
-    rows.p = torch.ones_like(rows.p)
-    return THRESHOLD(rows, values, work)
+    return THRESHOLD(rows._replace(p=torch.ones_like(rows.p)), values, work)
 
 
 THRESHOLD, UNIFORM = truncation._threshold, SamplingState.uniform
@@ -217,6 +215,17 @@ def test_a_row_gets_the_same_alone_and_in_any_batch(dtype: torch.dtype, vocab: i
     shuffled = [states()[row] for row in order]
     for step in range(steps):
         assert sampler(logits[step, order], shuffled) == [expected[step][row] for row in order]
+
+
+def test_rows_that_are_settled_at_different_widths_are_not_mixed_up() -> None:
+    """The first is looked at and left, the second comes in later: then all rows are, in another order."""
+    logits = torch.zeros(2, 3000)
+    logits[0] = torch.randn(3000) * 0.1  # its nucleus is wider than the first look
+    logits[1, 2000:2500] = 9.0
+    pair = [SamplingParams(top_p=0.9, seed=1), SamplingParams(top_k=500, seed=1)]
+    together = tokens_of(Sampler(3000), logits, [SamplingState(params, [1]) for params in pair])
+    alone = [tokens_of(Sampler(3000), logits[row : row + 1], [SamplingState(pair[row], [1])])[0] for row in range(2)]
+    assert together == alone and 2000 <= together[1] < 2500
 
 
 def test_seeds_and_streams() -> None:
