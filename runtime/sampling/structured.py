@@ -61,7 +61,8 @@ class GrammarCompiler:
         if wanted.choice is not None:
             check_size("choice", "".join(wanted.choice), MAX_LENGTH, brackets=False)
             texts = (json.dumps(text, ensure_ascii=False) for text in wanted.choice)
-            return LLMatcher.grammar_from_lark("start: " + " | ".join(texts))
+            # One terminal, so that the lexer and not the parser tells the texts apart: there may be thousands.
+            return LLMatcher.grammar_from_lark("start: CHOICE\nCHOICE: " + " | ".join(texts))
         if wanted.grammar is not None:
             check_size("grammar", wanted.grammar, MAX_LENGTH)
             check_repetitions("grammar", wanted.grammar)

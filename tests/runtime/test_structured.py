@@ -115,8 +115,13 @@ def test_regex(pattern: str) -> None:
 
 def test_choice() -> None:
     choices = ("red", "green", 'a "quoted"\nline', "🙂 é", "re", "\\d+")
-    seen = set(generate([state_for(seed, choice=choices) for seed in range(40)]))
-    assert seen <= set(choices) and len(seen) > 3
+    seen = set(generate([state_for(seed, choice=choices) for seed in range(60)]))
+    assert seen == set(choices)
+
+
+def test_thousands_of_choices() -> None:
+    choices = tuple(f"number {i}" for i in range(4000))
+    assert set(generate([state_for(seed, choice=choices) for seed in range(5)])) <= set(choices)
 
 
 @pytest.mark.parametrize(
