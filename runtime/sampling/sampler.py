@@ -50,14 +50,16 @@ class Sampler:
         self._scores, self._work = Workspace(), Workspace()
         self.eos_token_ids = tuple(token for token in dict.fromkeys(eos_token_ids) if 0 <= token < vocab_size)
 
+    @torch.no_grad()
     def __call__(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:
         """The next tokens for `logits[R, V]` of R sequences, which accept them.
 
         A row that cannot be sampled (NaN or infinite logits, nothing that may follow, a grammar that failed) gets an
-        error and accepts nothing; the others are not affected.
+        error and accepts nothing; the others are not affected. Logits of another shape raise SamplingError.
         """
-        if len(logits) != len(states):
-            raise SamplingError(f"{len(logits)} rows of logits for {len(states)} sequences")
+        if logits.ndim != 2 or len(logits) != len(states) or logits.shape[1] < self.vocab_size:
+            shape = list(logits.shape)
+            raise SamplingError(f"logits of shape {shape} for {len(states)} sequences over {self.vocab_size} token ids")
         if not states:
             return []
         raw = logits[:, : self.vocab_size]
@@ -102,8 +104,9 @@ class Sampler:
     ) -> list[Sampled | SamplingError]:
         """Chooses from adjusted scores, whose largest are known, and accepts."""
         for row, value in enumerate(best.tolist()):
-            if not math.isfinite(value):
-                failed.setdefault(row, _failure(value))
+            if not math.isfinite(value) and row not in failed:
+                grammar = states[row].grammar
+                failed[row] = (grammar is not None and grammar.error(raw.shape[1])) or _failure(value)
         tokens = places.tolist()
         drawn = [row for row, state in enumerate(states) if not state.params.is_greedy and row not in failed]
         if drawn:

@@ -283,6 +283,18 @@ def test_ids_beyond_the_logits_touch_no_other_row() -> None:
     assert [state.generated for state in states] == [[row] for row in logits[1::2].argmax(-1).tolist()]
 
 
+@pytest.mark.parametrize("shape", [(2, 10), (1, 9), (10,), (1, 1, 10)])
+def test_logits_of_another_shape(shape: tuple[int, ...]) -> None:
+    with pytest.raises(SamplingError, match="for 1 sequences over 10 token ids"):
+        Sampler(10)(torch.zeros(shape), [SamplingState(SamplingParams(), [1])])
+
+
+def test_logits_that_require_gradients() -> None:
+    logits = torch.randn(2, 2000, requires_grad=True)
+    for params in (SamplingParams(top_p=0.9999), SamplingParams(logit_bias={1: 2.0}), SamplingParams(temperature=0)):
+        tokens_of(Sampler(2000), logits, [SamplingState(params, [1]) for _ in range(2)])
+
+
 # ---- greedy, minimum length, what may not follow ---------------------------------------------------------------------
 
 
