@@ -84,7 +84,13 @@ class Generator:
             raise InputError(f"token id {bad!r} is not in 0..{self.vocab_size - 1}")
         if len(prompt) >= self.max_model_len:
             raise InputError(f"the prompt has {len(prompt)} tokens; the longest sequence is {self.max_model_len}")
-        for name, neutral in (("n", 1), ("best_of", None), ("logprobs", None), ("prompt_logprobs", None)):
+        for name, neutral in (
+            ("n", 1),
+            ("best_of", None),
+            ("logprobs", None),
+            ("prompt_logprobs", None),
+            ("detokenize", True),
+        ):
             if getattr(params, name) != neutral:
                 raise InputError(f"{name}={getattr(params, name)} is not served here")
         total = self._total(prompt, params)
