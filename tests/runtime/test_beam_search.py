@@ -15,8 +15,8 @@ from transformers import PreTrainedModel
 from llmopt.errors import OptionError, SamplingError
 from llmopt.runtime.beam_search import Beam, BeamSearch, BeamSearchParams, beam_search
 
-# One token in seven ends a beam.
-EOS = tuple(range(3, VOCABULARY, 7))
+# One token in three ends a beam: rarer ends would seldom tell one rule of stopping from another.
+EOS = tuple(range(3, VOCABULARY, 3))
 
 
 @pytest.fixture(autouse=True)
@@ -55,12 +55,14 @@ def stepper(model: PreTrainedModel, prompt: Sequence[int]) -> tuple[Tensor, Call
     [
         {"beam_width": 1, "max_tokens": 7, "ignore_eos": True},
         {"beam_width": 4, "max_tokens": 1},
-        {"beam_width": 3, "max_tokens": 8},
-        {"beam_width": 5, "max_tokens": 8, "early_stopping": True},
-        {"beam_width": 4, "max_tokens": 8, "early_stopping": "never"},
-        {"beam_width": 4, "max_tokens": 8, "length_penalty": 1.5},
-        {"beam_width": 4, "max_tokens": 8, "length_penalty": 0.0, "early_stopping": "never"},
-        {"beam_width": 3, "max_tokens": 8, "length_penalty": -1.0},
+        {"beam_width": 3, "max_tokens": 12},
+        {"beam_width": 5, "max_tokens": 12, "early_stopping": True},
+        {"beam_width": 4, "max_tokens": 12, "early_stopping": "never"},
+        {"beam_width": 2, "max_tokens": 12, "length_penalty": 2.0},
+        {"beam_width": 2, "max_tokens": 12, "length_penalty": 2.0, "early_stopping": "never"},
+        {"beam_width": 3, "max_tokens": 12, "length_penalty": 1.5, "early_stopping": True},
+        {"beam_width": 4, "max_tokens": 12, "length_penalty": 0.0, "early_stopping": "never"},
+        {"beam_width": 3, "max_tokens": 12, "length_penalty": -1.0},
         {"beam_width": 4, "max_tokens": 6, "ignore_eos": True},
     ],
 )
@@ -68,7 +70,7 @@ def test_beams_are_those_of_transformers(name: str, case: dict[str, Any]) -> Non
     model, params = model_of(name), BeamSearchParams(**case)
     eos: list[int] | None = None if params.ignore_eos else list(EOS)
     ended = 0
-    for prompt in prompts((1, 5, 9, 14, 20, 31), seed=len(case)):
+    for prompt in prompts((1, 5, 9, 14, 20, 31), seed=1):
         first, step = stepper(model, prompt)
         beams = beam_search(step, first, params, EOS)
         with torch.no_grad():
