@@ -16,7 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from llmopt.runtime.sampling.blocks import Workspace, draw, draw_short, largest, row_sums, several_largest
+from llmopt.runtime.sampling.blocks import Workspace, draw, draw_short, row_sums, several_largest
 from llmopt.runtime.sampling.params import SamplingParams
 
 # How many of the largest logits are looked at first, and then for rows where those do not decide. Constants, because a
@@ -36,7 +36,7 @@ class _Rows(NamedTuple):
     typical: Tensor
 
     @staticmethod
-    def of(scores: Tensor, params: Sequence[SamplingParams]) -> _Rows:
+    def of(scores: Tensor, best: Tensor, params: Sequence[SamplingParams]) -> _Rows:
         vocab = scores.shape[1]
 
         def column(numbers: list[float], dtype: torch.dtype) -> Tensor:
@@ -44,7 +44,7 @@ class _Rows(NamedTuple):
 
         return _Rows(
             scores,
-            largest(scores)[0].unsqueeze(-1),
+            best.unsqueeze(-1),
             column([p.temperature for p in params], torch.float32),
             column([min(p.num_likeliest or vocab, vocab) for p in params], torch.int64),
             column([p.top_p for p in params], torch.float64),
@@ -72,18 +72,19 @@ class _Rows(NamedTuple):
         return weights
 
 
-def choose(scores: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, work: Workspace) -> Tensor:
+def choose(scores: Tensor, best: Tensor, params: Sequence[SamplingParams], uniforms: Tensor, work: Workspace) -> Tensor:
     """A token for each row, drawn from softmax(scores / temperature) as truncated by the row's parameters.
 
     Args:
         scores: `[R, V]` float32, no NaN or +inf, at least one of each row finite.
+        best: `[R]`, the largest score of each row.
         params: one for each row, none of them greedy.
         uniforms: `[R]` float64, random numbers from 0 to 1.
         work: memory that is not in use elsewhere.
 
     Returns token ids `[R]` int64.
     """
-    rows = _Rows.of(scores, params)
+    rows = _Rows.of(scores, best, params)
     vocab = scores.shape[1]
     tokens = torch.zeros(len(scores), dtype=torch.int64, device=scores.device)
     limited = ((rows.k < vocab) | (rows.p < 1)).squeeze(-1)

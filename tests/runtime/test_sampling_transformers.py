@@ -26,7 +26,7 @@ def left_by(params: SamplingParams, logits: Tensor) -> Tensor:
     """Which tokens have a chance, bool `[R, V]`: found by looking at the weights that a draw would use."""
     found = torch.zeros_like(logits, dtype=torch.bool)
     for row in range(len(logits)):
-        rows = truncation._Rows.of(logits[row : row + 1], [params])
+        rows = truncation._Rows.of(logits[row : row + 1], logits[row].max().unsqueeze(0), [params])
         limited = params.num_likeliest or params.top_p < 1
         threshold = truncation._threshold(rows, truncation._sorted(rows.scores), Workspace()) if limited else None
         found[row] = (rows.weights(rows.scores, threshold) > 0)[0]
@@ -80,7 +80,11 @@ def test_draws_stay_within_them(case: int, vocab: int) -> None:
     allowed = expected > float("-inf")
     for uniform in (1e-12, 0.2, 0.7, 1 - 1e-12):
         tokens = truncation.choose(
-            logits, [SamplingParams(**given)] * ROWS, torch.full((ROWS,), uniform, dtype=torch.float64), Workspace()
+            logits,
+            logits.amax(-1),
+            [SamplingParams(**given)] * ROWS,
+            torch.full((ROWS,), uniform, dtype=torch.float64),
+            Workspace(),
         )
         assert allowed[torch.arange(ROWS), tokens].all()
 
