@@ -111,8 +111,8 @@ class Sampler:
         drawn = [row for row, state in enumerate(states) if not state.params.is_greedy and row not in failed]
         if drawn:
             uniforms = torch.tensor([states[row].uniform() for row in drawn], dtype=torch.float64, device=scores.device)
-            part, top = (scores, best) if len(drawn) == len(states) else (scores[drawn], best[drawn])
-            chosen = choose(part, top, [states[row].params for row in drawn], uniforms, self._work)
+            part, peak = (scores, best) if len(drawn) == len(states) else (scores[drawn], best[drawn])
+            chosen = choose(part, peak, [states[row].params for row in drawn], uniforms, self._work)
             for row, token in zip(drawn, chosen.tolist(), strict=True):
                 tokens[row] = token
         logs = self._logprobs(raw, states, tokens, failed)
