@@ -194,12 +194,12 @@ KINDS: list[dict[str, Any]] = [
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-@pytest.mark.parametrize("vocab", [1999, 40001])
+@pytest.mark.parametrize("vocab", [1999, 20011])
 @pytest.mark.parametrize("threads", [1, 2])
 def test_a_row_gets_the_same_alone_and_in_any_batch(dtype: torch.dtype, vocab: int, threads: int) -> None:
     """Tokens and log probabilities, to the last bit, over several steps; rounding to bfloat16 makes many ties."""
     torch.set_num_threads(threads)
-    steps, sampler = 4, Sampler(vocab, (3,))
+    steps, sampler = 2, Sampler(vocab, (3,))
     logits = (torch.randn(steps, len(KINDS), vocab) * 3).to(dtype)
 
     def states() -> list[SamplingState]:
