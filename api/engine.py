@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -11,8 +11,7 @@ from llmopt.compilation import CompiledStep, compile_step
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.huggingface import ModelInfo, describe
-from llmopt.runtime.generator import Generator, make_generator
-from llmopt.runtime.kv_cache import KVCache
+from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.step_program import StepProgram
 from llmopt.tracing import trace_forward
 
@@ -22,13 +21,21 @@ class ModelEngine:
 
     The module's parameters stay its own. Before each generation they are looked up by name: replaced or edited weights
     are used as they are now, and another dtype, shape or layout compiles anew.
+
+    Args:
+        model: what to compile.
+        options: for compilation and engine.
+        report: gets an entry for each compiled graph.
+        owned: nobody else has the module, so its weights stay what they are, and a later generation may use the keys
+            and values of an earlier one. Otherwise each generation starts without: not every write to a weight can be
+            seen.
     """
 
-    def __init__(self, model: torch.nn.Module, options: Options, report: Report) -> None:
+    def __init__(self, model: torch.nn.Module, options: Options, report: Report, *, owned: bool = False) -> None:
         self.info: ModelInfo = describe(model)
-        self.options, self.report = options, report
+        self.options, self.report, self._owned = options, report, owned
         self._compiled: dict[tuple[Any, ...], tuple[CompiledStep, list[str | torch.Tensor | None]]] = {}
-        self._caches: dict[tuple[int, int], KVCache] = {}
+        self._core: EngineCore | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -53,7 +60,6 @@ class ModelEngine:
         signature = (*layouts, *ties)
         if signature not in self._compiled:
             self._compiled[signature] = self._compile(tensors)
-            self._caches.clear()
         step, names = self._compiled[signature]
         current = [tensors.get(name) if isinstance(name, str) else name for name in names]
         step.bind(current)
@@ -74,7 +80,16 @@ class ModelEngine:
         self.report.graphs.append(step.report)
         return step, names
 
-    def generator(self, lengths: Sequence[int]) -> Generator:
-        """A generator whose cache can hold requests of the given total lengths, as many at once as options allow."""
+    def core(self, fresh: bool = True) -> EngineCore:
+        """The engine that runs requests; one for as long as the program stays the same.
+
+        `fresh` brings it up to the module's present weights, and is for the start of a generation.
+        """
+        if self._core is not None and not fresh:
+            return self._core
         program = self.program()
-        return make_generator(program, self.options, self.info, self.max_model_len, lengths, self._caches)
+        if self._core is None or self._core.program is not program:
+            self._core = EngineCore(program, self.info, self.options, self.max_model_len)
+        elif not self._owned:
+            self._core.reset_prefix_cache()
+        return self._core

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 from llmopt.compiler.errors import ToolchainError, UnsupportedError
+from llmopt.runtime.generation import Job, run_jobs
 from llmopt.runtime.sampling import SamplingParams
 
 if TYPE_CHECKING:
@@ -116,11 +118,14 @@ class GenerateRouter:
         self, prompts: list[list[int]], count: int, eos_ids: tuple[int, ...], pad: int, ids: torch.Tensor
     ) -> torch.Tensor:
         params = SamplingParams(temperature=0.0, max_tokens=count, stop_token_ids=eos_ids, ignore_eos=True)
-        generator = self._state.engine().generator([len(p) + count for p in prompts])
         rows: list[list[int]] = [[] for _ in prompts]
-        for request in generator.run(prompts, [params] * len(prompts)):
-            if request.finish_reason is not None:
-                rows[request.index] = request.generated
+        jobs = [Job(prompt, params) for prompt in prompts]
+        with contextlib.closing(run_jobs(self._state.engine().core(), jobs)) as updates:
+            for update in updates:
+                if update.request.error is not None:
+                    raise update.request.error
+                if update.is_last:
+                    rows[update.index] = update.request.generated
         new = torch.full((len(rows), max(map(len, rows))), pad, dtype=ids.dtype)
         for row, tokens in enumerate(rows):
             new[row, : len(tokens)] = torch.tensor(tokens, dtype=ids.dtype)

@@ -25,7 +25,18 @@ class InputError(LlmoptError, ValueError):
     """A request that cannot be served as it stands: an empty prompt, a token id out of range, a prompt too long."""
 
 
-class SamplingError(LlmoptError):
+class QueueFullError(LlmoptError):
+    """As many requests wait as `max_num_queued` allows. Nothing is wrong with the request: send it again later."""
+
+
+class RequestError(LlmoptError, RuntimeError):
+    """A request that failed while it ran, alone: logits that are not finite, or an exception in its step.
+
+    The exception behind it is its `__cause__`.
+    """
+
+
+class SamplingError(RequestError):
     """No token can be chosen for one sequence: its logits hold NaN, nothing may follow, or its grammar failed.
 
     Given in place of a token, so that the other sequences of the batch go on.

@@ -27,10 +27,14 @@ class Options:
     dtype: "auto" keeps the model's own type; "float32", "bfloat16" or "float16" casts the weights.
     threads: CPU threads of a step; 0 means as many as `torch.get_num_threads()` says at each call.
     block_size: tokens in one page of the KV cache.
-    kv_cache_memory_bytes: memory of the KV cache; 0 sizes it for the requests of a call, `max_num_seqs` at a time.
+    kv_cache_memory_bytes: memory of the KV cache; 0 leaves it to `gpu_memory_utilization`.
+    gpu_memory_utilization: the fraction of the available memory (of the machine and of its control groups) that the KV
+        cache may take, up to what `max_num_seqs` of the longest sequences could hold; pages take memory once used.
+    enable_prefix_caching: requests whose tokens begin alike share the pages of what they have in common.
     max_model_len: longest sequence, prompt included; 0 takes the model's own limit.
     max_num_seqs: requests that are decoded together.
     max_num_batched_tokens: most tokens of one step; longer prompts are prefilled in several.
+    max_num_queued: requests that may wait for their first step; 0 is no limit.
     disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
     fuel: stop rewriting after so many matches, to bisect a wrong result; -1 is unlimited (also `LLMOPT_FUEL`).
     verify: run the graph before and after each pass on random inputs and raise when a pass exceeds its error budget
@@ -43,9 +47,12 @@ class Options:
     threads: int = 0
     block_size: int = 16
     kv_cache_memory_bytes: int = 0
+    gpu_memory_utilization: float = 0.5
+    enable_prefix_caching: bool = True
     max_model_len: int = 0
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
+    max_num_queued: int = 4096
     disabled_passes: tuple[str, ...] = ()
     fuel: int = -1
     verify: bool = False
@@ -109,6 +116,11 @@ def _whole(least: int, most: int = 1 << 62) -> Callable[[str, Any], None]:
     return check
 
 
+def _fraction(name: str, val: Any) -> None:
+    if not isinstance(val, int | float) or isinstance(val, bool) or not 0 < val <= 1:
+        raise OptionError(name, val, "a number above 0, up to 1")
+
+
 def _one_of(*allowed: Any) -> Callable[[str, Any], None]:
     def check(name: str, val: Any) -> None:
         if val not in allowed or isinstance(val, bool) is not isinstance(allowed[0], bool):
@@ -127,9 +139,12 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "threads": _whole(0, 1024),
     "block_size": _whole(1, 1024),
     "kv_cache_memory_bytes": _whole(0),
+    "gpu_memory_utilization": _fraction,
+    "enable_prefix_caching": _one_of(True, False),
     "max_model_len": _whole(0),
     "max_num_seqs": _whole(1, 4096),
     "max_num_batched_tokens": _whole(1),
+    "max_num_queued": _whole(0),
     "disabled_passes": _names,
     "fuel": _whole(-1),
     "verify": _one_of(True, False),

@@ -1,4 +1,4 @@
-"""Memory of the paged KV cache, and who holds which page."""
+"""Memory of the paged KV cache."""
 
 from __future__ import annotations
 
@@ -6,44 +6,49 @@ from collections.abc import Sequence
 
 import torch
 
-from llmopt.compiler.errors import InputError
 from llmopt.compiler.step import CacheSpec
+from llmopt.runtime.block_pool import BlockPool
+
+
+def make_tensors(specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> list[torch.Tensor]:
+    """Per layer a key and a value tensor `[num_blocks, kv_heads, block_size, head_size]`.
+
+    Not initialised: nothing is read that was not written, and the memory of pages that were never used is never
+    touched, so that a large pool costs no more than what was in use at once.
+    """
+    return [
+        torch.empty((num_blocks, spec.kv_heads, block_size, width), dtype=spec.dtype)
+        for spec in specs
+        for width in (spec.key_size, spec.value_size)
+    ]
 
 
 class KVCache:
-    """Pages for all layers: per layer a key and a value tensor `[num_blocks, kv_heads, block_size, head_size]`.
+    """Pages for all layers, and the pool that says who holds which.
 
     A block is one page in every layer at once, so requests hold lists of block numbers.
     """
 
     def __init__(self, specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks
-        self.tensors: list[torch.Tensor] = []
-        for spec in specs:
-            for width in (spec.key_size, spec.value_size):
-                shape = (num_blocks, spec.kv_heads, block_size, width)
-                self.tensors.append(torch.zeros(shape, dtype=spec.dtype))
-        self._free = list(range(num_blocks - 1, -1, -1))
+        self.tensors = make_tensors(specs, num_blocks, block_size)
+        self.pool = BlockPool(num_blocks, block_size)
 
     @property
     def num_free(self) -> int:
         """Blocks that nobody holds."""
-        return len(self._free)
-
-    def blocks_for(self, num_tokens: int) -> int:
-        """How many blocks hold so many tokens."""
-        return -(-num_tokens // self.block_size)
+        return self.pool.num_available
 
     def allocate(self, num_tokens: int) -> list[int]:
         """Takes blocks for `num_tokens` tokens; raises InputError when the pool has too few."""
-        count = self.blocks_for(num_tokens)
-        if count > len(self._free):
-            raise InputError(
-                f"{num_tokens} tokens need {count} KV cache blocks of {self.block_size}, {len(self._free)} of "
-                f"{self.num_blocks} are free; raise kv_cache_memory_bytes or lower max_tokens"
-            )
-        return [self._free.pop() for _ in range(count)]
+        return self.pool.allocate(self.pool.blocks_for(num_tokens))
 
     def release(self, blocks: Sequence[int]) -> None:
         """Gives blocks back."""
-        self._free.extend(reversed(blocks))
+        self.pool.release(blocks)
+
+    def copy(self, pairs: Sequence[tuple[int, int]]) -> None:
+        """Copies blocks, (from, to), in every layer, one after the other: one may read what the one before wrote."""
+        for tensor in self.tensors:
+            for source, target in pairs:
+                tensor[target] = tensor[source]

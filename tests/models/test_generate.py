@@ -62,12 +62,13 @@ def engine_of(name: str, dtype: torch.dtype = torch.float32, block_size: int = 4
 def generate(engine: ModelEngine, prompt_ids: Sequence[Sequence[int]], count: int) -> list[list[int]]:
     """Greedy continuations of all prompts as one ragged batch."""
     params = SamplingParams(temperature=0.0, max_tokens=count)
-    rows: list[list[int]] = [[] for _ in prompt_ids]
-    generator = engine.generator([len(p) + count for p in prompt_ids])
-    for request in generator.run(prompt_ids, [params] * len(prompt_ids)):
-        rows[request.index] = request.generated
-    assert generator.cache.num_free == generator.cache.num_blocks
-    return rows
+    core = engine.core()
+    requests = [core.add_request(prompt, params) for prompt in prompt_ids]
+    while core.has_unfinished:
+        core.step()
+    core.scheduler.check_books()
+    assert core.cache.num_free == core.cache.num_blocks
+    return [request.generated for request in requests]
 
 
 def all_logits(engine: ModelEngine, rows: Sequence[Sequence[int]], chunk: int) -> list[torch.Tensor]:

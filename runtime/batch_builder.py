@@ -1,0 +1,83 @@
+"""Turns a plan into the tensors of a step, with little work for each: block tables are kept and only added to."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+import torch
+
+from llmopt.runtime.request import NO_BLOCK
+from llmopt.runtime.scheduler import Chunk
+from llmopt.runtime.step_program import StepBatch
+
+
+class BatchBuilder:
+    """Builds step batches for requests that each have a seat, a row of the block tables.
+
+    Args:
+        max_num_seqs: number of seats.
+        block_size: tokens in a page.
+        witness_stride: rows whose logits are computed besides each chunk's last, so many tokens apart; 0 for none.
+            A row that came out finite vouches for all keys and values that it attends to.
+    """
+
+    def __init__(self, max_num_seqs: int, block_size: int, witness_stride: int = 0) -> None:
+        self.block_size, self.witness_stride = block_size, witness_stride
+        self._tables = np.zeros((max_num_seqs, 16), np.int32)
+
+    def rows(self, chunk: Chunk) -> range:
+        """Which tokens of a chunk have their logits computed: every `witness_stride`-th, counted from the last."""
+        return range((chunk.length - 1) % (self.witness_stride or chunk.length), chunk.length, self.witness_stride or 1)
+
+    def build(self, chunks: Sequence[Chunk]) -> StepBatch:
+        """The batch of some chunks, of different requests."""
+        num = len(chunks)
+        pages = self._list_pages(chunks)
+        seats = np.fromiter([chunk.request.seat for chunk in chunks], np.int64, num)
+        tables = self._tables[seats, :pages]
+        starts = np.fromiter([chunk.start for chunk in chunks], np.int64, num)
+        counts = [chunk.length for chunk in chunks]
+        total = sum(counts)
+        ends = np.cumsum(counts)
+        if total == num:
+            ids = np.fromiter([chunk.request.tokens[chunk.start] for chunk in chunks], np.int64, num)
+            positions, owners, wanted = starts, np.arange(num), np.arange(num)
+        else:
+            tokens: list[int] = []
+            rows: list[int] = []
+            for request, start, count, _ in chunks:
+                tokens += request.tokens[start : start + count]
+            for chunk, end in zip(chunks, ends.tolist(), strict=True):
+                rows += [end - chunk.length + row for row in self.rows(chunk)]
+            ids, wanted = np.array(tokens, np.int64), np.array(rows, np.int64)
+            owners = np.repeat(np.arange(num), counts)
+            positions = np.arange(total) + np.repeat(starts - ends + counts, counts)
+        page, offset = np.divmod(positions, self.block_size)
+        slots = tables[owners, page].astype(np.int64) * self.block_size + offset
+        bounds = np.zeros(num + 1, np.int32)
+        bounds[1:] = ends
+        lengths = (starts + counts).astype(np.int32)
+        arrays = (ids, positions, slots, bounds, lengths, tables, wanted)
+        return StepBatch(*map(torch.from_numpy, arrays))
+
+    def _list_pages(self, chunks: Sequence[Chunk]) -> int:
+        """Brings the block tables up to date; how many columns of them are in use."""
+        pages = 0
+        for chunk in chunks:
+            request = chunk.request
+            held, listed = len(request.blocks), request.num_listed
+            pages = max(pages, held)
+            if held > listed:
+                if held > self._tables.shape[1]:
+                    wider = np.zeros((len(self._tables), max(held, 2 * self._tables.shape[1])), np.int32)
+                    wider[:, : self._tables.shape[1]] = self._tables
+                    self._tables = wider
+                if held == listed + 1:
+                    self._tables[request.seat, listed] = max(request.blocks[listed], 0)
+                else:
+                    # Pages behind the window are never read: any number that is a page will do.
+                    new = [0 if block == NO_BLOCK else block for block in request.blocks[listed:]]
+                    self._tables[request.seat, listed:held] = new
+                request.num_listed = held
+        return pages

@@ -1,0 +1,301 @@
+"""The engine: requests are added at any time, and each step computes a share of all that run."""
+
+from __future__ import annotations
+
+import itertools
+import threading
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import asdict
+from typing import Protocol
+
+import torch
+
+from llmopt.compiler.errors import InputError, RequestError
+from llmopt.compiler.options import Options
+from llmopt.compiler.step import CacheSpec
+from llmopt.runtime.batch_builder import BatchBuilder
+from llmopt.runtime.memory import available_memory
+from llmopt.runtime.metrics import Metrics
+from llmopt.runtime.request import Request, StopCheck
+from llmopt.runtime.sampling import Constraints, Sampled, Sampler, SamplingParams, SamplingState
+from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig
+from llmopt.runtime.step_program import StepProgram
+
+MAX_SALT_LENGTH = 256
+
+
+class VocabularyInfo(Protocol):
+    """What an engine must know about a model besides its program."""
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+
+    @property
+    def eos_token_ids(self) -> tuple[int, ...]:
+        """Tokens that end a text."""
+
+
+class EngineCore:
+    """Runs requests on a step program with continuous batching. Threads may share it: one at a time takes a step.
+
+    Args:
+        program: bound to its weights.
+        info: vocabulary and ends of sequence.
+        options: limits, and the size of the KV cache.
+        max_model_len: longest sequence, prompt included.
+    """
+
+    def __init__(self, program: StepProgram, info: VocabularyInfo, options: Options, max_model_len: int) -> None:
+        self.program, self.vocab_size, self.max_model_len = program, info.vocab_size, max_model_len
+        windows = [spec.window for spec in program.caches]
+        config = SchedulerConfig(
+            max_num_seqs=options.max_num_seqs,
+            max_num_batched_tokens=options.max_num_batched_tokens,
+            max_model_len=max_model_len,
+            max_num_queued=options.max_num_queued,
+            enable_prefix_caching=options.enable_prefix_caching,
+            # All layers share one block table: a page can go once no layer looks at it any more.
+            window=0 if 0 in windows else max(windows),
+            eos_token_ids=frozenset(info.eos_token_ids),
+        )
+        self.cache = program.new_cache(num_blocks_for(program, options, max_model_len))
+        self.scheduler = Scheduler(self.cache.pool, config, _fingerprint(program.caches))
+        self._builder = BatchBuilder(config.max_num_seqs, program.block_size, min(filter(None, windows), default=0))
+        self._sampler = Sampler(info.vocab_size, info.eos_token_ids)
+        self._ids = map(str, itertools.count())
+        self._lock = threading.RLock()
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def check(
+        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, cache_salt: str | None = None
+    ) -> None:
+        """Raises InputError for a request that could never be served, before any work is done."""
+        for token in prompt:
+            if type(token) is not int or not 0 <= token < self.vocab_size:
+                raise InputError(f"token id {token!r} is not in 0..{self.vocab_size - 1}")
+        self.scheduler.check(len(prompt), params.max_tokens)
+        if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 1 << 31:
+            raise InputError(f"priority must be a whole number of 32 bits, got {priority!r}")
+        if cache_salt is not None and not (isinstance(cache_salt, str) and 0 < len(cache_salt) <= MAX_SALT_LENGTH):
+            raise InputError(f"cache_salt must be a text of 1 to {MAX_SALT_LENGTH} characters, got {cache_salt!r:.80}")
+
+    def add_request(
+        self,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        priority: int = 0,
+        cache_salt: str | None = None,
+        stream: int = 0,
+        stop_check: StopCheck | None = None,
+        outbox: deque[Request] | None = None,
+        constraints: Constraints | None = None,
+    ) -> Request:
+        """Queues a request; it runs in the steps that follow.
+
+        Args:
+            prompt: token ids.
+            params: how to continue it.
+            request_id: a name for `abort` and `fork`; by default one is made.
+            priority: lower goes first.
+            cache_salt: keys and values are shared only between requests of the same salt.
+            stream: which random stream of the seed this sequence draws from.
+            stop_check, outbox: see `Request`.
+            constraints: what `ConstraintCompiler` made of `params`.
+
+        Raises InputError for a request that could never be served, QueueFullError when too many wait.
+        """
+        self.check(prompt, params, priority=priority, cache_salt=cache_salt)
+        with self._lock:
+            name = self._new_id() if request_id is None else request_id
+        request = Request(
+            name,
+            list(prompt),
+            len(prompt),
+            params,
+            priority=priority,
+            cache_salt=cache_salt,
+            stop_check=stop_check,
+            outbox=outbox,
+        )
+        request.sampling_state = SamplingState(params, tuple(prompt), stream, constraints=constraints)
+        with self._lock:
+            self.scheduler.add(request)
+        return request
+
+    def fork(
+        self,
+        parent: Request,
+        *,
+        stream: int,
+        stop_check: StopCheck | None = None,
+        outbox: deque[Request] | None = None,
+    ) -> Request:
+        """A second continuation of a request's prompt, on the same pages until one of the two writes to them."""
+        prompt = parent.tokens[: parent.num_prompt]
+        with self._lock:
+            name = self._new_id()
+        child = Request(
+            name,
+            prompt,
+            parent.num_prompt,
+            parent.params,
+            priority=parent.priority,
+            cache_salt=parent.cache_salt,
+            adapter=parent.adapter,
+            stop_check=stop_check,
+            outbox=outbox,
+        )
+        child.sampling_state = SamplingState(parent.params, tuple(prompt), stream)
+        with self._lock:
+            self.scheduler.fork(parent.request_id, child)
+        return child
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request, whatever it is doing; whether there was one."""
+        with self._lock:
+            request = self.scheduler.requests.get(request_id)
+            if request is None:
+                return False
+            self.scheduler.abort(request_id)
+        if request.outbox is not None:
+            request.outbox.append(request)
+        return True
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether `step` has anything to do."""
+        return self.scheduler.has_unfinished
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `add_request` would take another request now."""
+        return self.scheduler.has_room
+
+    def reset_prefix_cache(self) -> None:
+        """Call this when weights have changed: later requests share nothing with what was computed before."""
+        with self._lock:
+            self.scheduler.forget_prefixes()
+
+    def metrics(self) -> Metrics:
+        """Counts as of now."""
+        scheduler = self.scheduler
+        return Metrics(
+            num_requests_running=len(scheduler.running),
+            num_requests_waiting=scheduler.num_waiting,
+            kv_cache_usage=scheduler.pool.num_held / scheduler.pool.num_blocks,
+            num_steps=self.program.num_steps,
+            **asdict(scheduler.counters),
+        )
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def step(self) -> list[Request]:
+        """Computes one step; gives the requests that got a token or failed.
+
+        What goes wrong for one request ends that request alone, with finish_reason "error" and its `error` set.
+        """
+        with self._lock:
+            return self._step()
+
+    def _step(self) -> list[Request]:
+        plan = self.scheduler.plan()
+        if not plan.chunks:
+            return []
+        if plan.copies:
+            self.cache.copy(plan.copies)
+        try:
+            logits = self._forward(plan.chunks)
+        except Exception as error:
+            # Somebody in the batch is to blame. Steps may be repeated: they write the same keys and values again.
+            results: list[int | Exception | None] = [_failure(error)]
+            if len(plan.chunks) > 1:
+                results = [self._alone(chunk) for chunk in plan.chunks]
+        else:
+            results = self._choose(plan.chunks, logits)
+        changed = self.scheduler.commit(plan, results)
+        for request in changed:
+            if request.outbox is not None:
+                request.outbox.append(request)
+        return changed
+
+    def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        return self.program(self._builder.build(chunks), self.cache)
+
+    def _alone(self, chunk: Chunk) -> int | Exception | None:
+        try:
+            logits = self._forward([chunk])
+        except Exception as error:
+            return _failure(error)
+        return self._choose([chunk], logits)[0]
+
+    def _choose(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[int | Exception | None]:
+        """The next token of each chunk that ends in one, given the logits of the rows that the builder asked for."""
+        results: list[int | Exception | None] = [None] * len(chunks)
+        sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
+        if len(logits) != len(sampling):
+            logits = self._check_witnesses(chunks, logits, results)
+            # A sequence that failed must not draw from its random stream nor accept a token.
+            kept = [row for row, i in enumerate(sampling) if results[i] is None]
+            if len(kept) != len(sampling):
+                logits, sampling = logits[kept], [sampling[row] for row in kept]
+        if not sampling:
+            return results
+        outcomes: Sequence[Sampled | Exception]
+        try:
+            outcomes = self._sampler(logits, [chunks[i].request.sampling_state for i in sampling])
+        except Exception as error:
+            outcomes = [_failure(error)] * len(sampling)
+        for i, outcome in zip(sampling, outcomes, strict=True):
+            if isinstance(outcome, Sampled):
+                results[i] = outcome.token
+                if outcome.logprob is not None:
+                    chunks[i].request.logprobs.append((outcome.logprob, outcome.top_logprobs))
+            else:
+                results[i] = outcome
+        return results
+
+    def _check_witnesses(
+        self, chunks: Sequence[Chunk], logits: torch.Tensor, results: list[int | Exception | None]
+    ) -> torch.Tensor:
+        """Enters an error for chunks with a row that is not finite; gives the rows that tokens are chosen from."""
+        finite = logits.amax(-1).isfinite().tolist()
+        last, end = [], 0
+        for i, chunk in enumerate(chunks):
+            begin, end = end, end + len(self._builder.rows(chunk))
+            if not all(finite[begin:end]):
+                results[i] = RequestError("the logits of this request are not finite")
+            if chunk.samples:
+                last.append(end - 1)
+        return logits[last]
+
+    def _new_id(self) -> str:
+        return next(name for name in self._ids if name not in self.scheduler.requests)
+
+
+def _failure(error: Exception) -> RequestError:
+    failure = RequestError(f"the step of this request failed: {error}")
+    failure.__cause__ = error
+    return failure
+
+
+def _fingerprint(caches: Sequence[CacheSpec]) -> str:
+    """Everything about the pages of one pool that is not the same for all its requests is in a request's own key."""
+    return repr(list(caches))
+
+
+def num_blocks_for(program: StepProgram, options: Options, max_model_len: int) -> int:
+    """How many pages the KV cache has.
+
+    `kv_cache_memory_bytes` says it outright. Else it is the fraction `gpu_memory_utilization` of the memory that is
+    available now, but no more than `max_num_seqs` of the longest sequences could ever hold.
+    """
+    per_block = program.bytes_per_block()
+    if options.kv_cache_memory_bytes:
+        return max(1, options.kv_cache_memory_bytes // per_block)
+    most = options.max_num_seqs * -(-max_model_len // program.block_size)
+    return max(1, min(most, int(available_memory() * options.gpu_memory_utilization) // per_block))

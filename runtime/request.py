@@ -1,0 +1,100 @@
+"""One request on its way through the engine: what is known of it, what is computed, and which pages it holds."""
+
+from __future__ import annotations
+
+import enum
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any, TypeAlias
+
+if TYPE_CHECKING:
+    from llmopt.runtime.sampling import SamplingParams
+
+# Stands in a request's list of blocks for a page that no layer looks at any more.
+NO_BLOCK = -1
+
+
+class Status(enum.Enum):
+    """Where a request is."""
+
+    WAITING = "waiting"
+    RUNNING = "running"
+    FINISHED = "finished"
+
+
+@dataclass(eq=False)
+class Request:
+    """One sequence: a prompt and what has been generated for it.
+
+    Attributes:
+        request_id: unique among the requests that have not finished.
+        tokens: all known tokens, the prompt first.
+        num_prompt: how many of them are the prompt.
+        priority: lower is served first; first come, first served among equals.
+        cache_salt: requests share cached pages only with requests of the same salt.
+        adapter: name of what changes the model for this request; part of the cache key as well.
+        stop_check: called after each new token but one that ends the request; True ends it with reason "stop".
+        outbox: where the engine puts the request whenever it has a new token or has ended.
+        finish_reason: "stop", "length", "abort" or "error" once it has ended; `error` says what went wrong.
+        num_computed: how many leading tokens have keys and values in `blocks`.
+        num_hit: how many of these were found in the cache when the request was first admitted.
+        num_preempted: how often its pages were taken away.
+    """
+
+    request_id: str
+    tokens: list[int]
+    num_prompt: int
+    params: SamplingParams
+    priority: int = 0
+    cache_salt: str | None = None
+    adapter: str | None = None
+    stop_check: StopCheck | None = None
+    outbox: deque[Request] | None = None
+    status: Status = Status.WAITING
+    finish_reason: str | None = None
+    error: Exception | None = None
+    num_computed: int = 0
+    num_hit: int = 0
+    num_preempted: int = 0
+
+    # The scheduler's own.
+    arrival: int = -1
+    limit: int = 0
+    seat: int = -1
+    blocks: list[int] = field(default_factory=list)
+    # Keys of the leading full blocks, as far as they were needed; how many of these blocks are filed in the pool.
+    keys: list[bytes] = field(default_factory=list)
+    num_filed: int = 0
+    # False once its keys and values stem from two states of the model.
+    cacheable: bool = True
+    # Leading entries of `blocks` that the seat's row of the block table has already, and that are given back.
+    num_listed: int = 0
+    num_passed: int = 0
+    # Of each generated token, where asked for: its log probability and those of the likeliest tokens.
+    logprobs: list[tuple[float, dict[int, float] | None]] = field(default_factory=list)
+    # What the sampler keeps for the sequence.
+    sampling_state: Any = None
+
+    @property
+    def generated(self) -> list[int]:
+        """The tokens after the prompt."""
+        return self.tokens[self.num_prompt :]
+
+    @property
+    def num_generated(self) -> int:
+        """How many tokens have been generated."""
+        return len(self.tokens) - self.num_prompt
+
+    @property
+    def rank(self) -> tuple[int, int]:
+        """Requests of lower rank go first."""
+        return self.priority, self.arrival
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that it really holds."""
+        return self.blocks[self.num_passed :]
+
+
+StopCheck: TypeAlias = Callable[[Request], bool]

@@ -1,0 +1,391 @@
+"""Decides what each step computes, and keeps the books of requests and pages. Pure Python: it never sees a tensor.
+
+One rule covers everything: a request's computed tokens catch up with its known ones. A prompt is many known tokens at
+once, taken in chunks; a decoding request knows one more token than is computed. `plan` gives both a share of one step
+(continuous batching: Yu et al., Orca, 2022; chunks beside decodes: Agrawal et al., Sarathi-Serve, 2024), and `commit`
+takes what the step chose.
+
+When pages run out, the request of the worst rank gives all of its back and waits to be computed again. The request of
+the best rank is never chosen, and no request is admitted that would not fit alone: something always gets ahead.
+"""
+
+from __future__ import annotations
+
+import bisect
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import NamedTuple
+
+from llmopt.compiler.errors import InputError, QueueFullError
+from llmopt.runtime.block_pool import BlockPool
+from llmopt.runtime.metrics import Counters
+from llmopt.runtime.prefix_cache import PrefixCache
+from llmopt.runtime.request import NO_BLOCK, Request, Status
+
+
+@dataclass(frozen=True)
+class SchedulerConfig:
+    """Limits of a scheduler.
+
+    max_num_seqs, max_num_batched_tokens: requests that run at once, and tokens of one step.
+    max_model_len: longest sequence, prompt included.
+    max_num_queued: requests that may wait; 0 is no limit.
+    enable_prefix_caching: share the pages of prompts that begin alike.
+    window: how many of the latest tokens any layer still looks at; 0 if some layer looks at all.
+    eos_token_ids: tokens that end a request.
+    """
+
+    max_num_seqs: int
+    max_num_batched_tokens: int
+    max_model_len: int
+    max_num_queued: int = 0
+    enable_prefix_caching: bool = True
+    window: int = 0
+    eos_token_ids: frozenset[int] = frozenset()
+
+
+class Chunk(NamedTuple):
+    """Tokens `start` to `start + length` of a request; `samples`: the logits of the last choose its next token."""
+
+    request: Request
+    start: int
+    length: int
+    samples: bool
+
+
+class StepPlan(NamedTuple):
+    """What the next step computes, after blocks have been copied: (from, to) pairs, one after the other."""
+
+    chunks: tuple[Chunk, ...]
+    copies: tuple[tuple[int, int], ...]
+
+
+class Scheduler:
+    """Requests in, plans out.
+
+    `plan` may be called again before `commit`, when a step was interrupted: it plans the same tokens anew.
+    """
+
+    def __init__(self, pool: BlockPool, config: SchedulerConfig, fingerprint: str = "") -> None:
+        self.pool, self.config = pool, config
+        self.prefixes = PrefixCache(pool, fingerprint, config.window)
+        self.counters = Counters()
+        self.requests: dict[str, Request] = {}
+        self.running: list[Request] = []
+        self._waiting: list[Request] = []
+        self._arrivals = 0
+        self._seats = list(range(config.max_num_seqs - 1, -1, -1))
+        self._planned: dict[Request, Chunk] = {}
+        # Copies of plans that were not committed. None is ever dropped: a later one may read what it writes. One that
+        # nobody needs any more does no harm, for whoever has its target by now writes to it later.
+        self._copies: list[tuple[int, int]] = []
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    @property
+    def num_waiting(self) -> int:
+        """Requests that have no pages."""
+        return len(self._waiting)
+
+    @property
+    def has_unfinished(self) -> bool:
+        """Whether anything is left to compute."""
+        return bool(self.requests)
+
+    @property
+    def has_room(self) -> bool:
+        """Whether `add` would take another request now."""
+        return self.config.max_num_queued == 0 or len(self._waiting) < self.config.max_num_queued
+
+    def check(self, num_prompt: int, max_tokens: int | None) -> int:
+        """The longest that a request can get, in tokens; raises InputError for one that could never be served."""
+        limit = self.config.max_model_len
+        if num_prompt < 1:
+            raise InputError("the prompt is empty")
+        if num_prompt >= limit:
+            raise InputError(f"the prompt has {num_prompt} tokens; the longest sequence is {limit}")
+        total = limit if max_tokens is None else min(num_prompt + max_tokens, limit)
+        if self._pages(total) > self.pool.num_blocks:
+            raise InputError(
+                f"prompt and output of {total} tokens do not fit into the KV cache of "
+                f"{self.pool.num_blocks * self.pool.block_size}; raise kv_cache_memory_bytes or lower max_tokens"
+            )
+        return total
+
+    def add(self, request: Request) -> None:
+        """Queues a request.
+
+        Raises InputError for one that could never be served or whose id is taken, QueueFullError when too many wait.
+        """
+        request.limit = self.check(request.num_prompt, request.params.max_tokens)
+        if request.request_id in self.requests:
+            raise InputError(f"a request with the id {request.request_id!r} has not finished yet")
+        if not self.has_room:
+            raise QueueFullError(f"{len(self._waiting)} requests wait, max_num_queued is {self.config.max_num_queued}")
+        request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
+        self.requests[request.request_id] = request
+        self._enqueue(request)
+
+    def fork(self, parent_id: str, child: Request) -> None:
+        """Adds a request whose tokens begin as the parent's, on the parent's pages as far as these are computed.
+
+        Pages are copied once one of the two writes to them. Where nothing can be shared the child waits like any other.
+        Raises as `add`, and InputError for an unknown parent.
+        """
+        parent = self.requests.get(parent_id)
+        if parent is None:
+            raise InputError(f"there is no unfinished request with the id {parent_id!r}")
+        self.add(child)
+        count = min(parent.num_computed, len(child.tokens) - 1)
+        same = child.tokens[:count] == parent.tokens[:count]
+        kin = (child.cache_salt, child.adapter) == (parent.cache_salt, parent.adapter)
+        # Behind a window the parent may have given back what the child, which is not as far, still looks at.
+        whole = self._passed(count) >= parent.num_passed
+        if not (count and same and kin and whole and self._seats and parent.status is Status.RUNNING):
+            return
+        self._waiting.remove(child)
+        pages = self.pool.blocks_for(count)
+        child.cacheable = parent.cacheable
+        child.keys = parent.keys[: count // self.pool.block_size]
+        self._start(child, parent.blocks[:pages], count)
+        child.num_filed = min(parent.num_filed, count // self.pool.block_size)
+
+    def abort(self, request_id: str) -> bool:
+        """Ends a request, whatever it is doing; whether there was one."""
+        request = self.requests.get(request_id)
+        if request is None:
+            return False
+        self.counters.requests_aborted += 1
+        self._end(request, "abort")
+        return True
+
+    def forget_prefixes(self) -> None:
+        """Call this when the model has changed: nothing that was computed before is shared with later requests."""
+        self.prefixes.forget_all()
+        for request in self.requests.values():
+            request.keys.clear()
+            request.num_filed = 0
+            request.cacheable = request.num_computed == 0
+
+    def preempt(self, request: Request) -> None:
+        """Takes a running request's pages away; it is computed again later, from its known tokens."""
+        self._vacate(request)
+        request.status, request.num_preempted = Status.WAITING, request.num_preempted + 1
+        request.cacheable = True
+        self.counters.num_preemptions += 1
+        self._enqueue(request)
+
+    # ---- a step ----------------------------------------------------------------------------------------------------
+
+    def plan(self) -> StepPlan:
+        """What the next step computes: decodes before chunks of prompts, and then requests that start."""
+        self._planned.clear()
+        before = self.counters.num_preemptions
+        # Decodes first: they are one token each, and nobody waits for a token because a prompt is long.
+        order = sorted(self.running, key=lambda r: (len(r.tokens) - r.num_computed > 1, r.priority, r.arrival))
+        budget = self.config.max_num_batched_tokens
+        preempted = before
+        for request in order:
+            if budget <= 0:
+                break
+            if request.status is Status.RUNNING and self._make_room(request, budget):
+                budget -= self._plan_chunk(request, budget)
+            if preempted != self.counters.num_preemptions:  # which may have taken requests out of the plan
+                preempted, budget = self.counters.num_preemptions, self._budget()
+        if preempted == before or not self.running:
+            self._admit()
+        if not self._planned and self.requests:
+            raise RuntimeError(f"{self.pool.num_held} of {self.pool.num_blocks} blocks are held, but not by a request")
+        return StepPlan(tuple(self._planned.values()), tuple(self._copies))
+
+    def commit(self, plan: StepPlan, results: Sequence[int | Exception | None]) -> list[Request]:
+        """Takes what a step gave for each chunk: the token it chose, None where none was asked for, or what went wrong.
+
+        Gives the requests that got a token or failed, in the plan's order. What was aborted or preempted since the
+        plan was made is passed over.
+        """
+        self._copies.clear()
+        changed = []
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            request = chunk.request
+            if request.status is not Status.RUNNING or request.num_computed != chunk.start:
+                continue
+            if isinstance(result, Exception):
+                self.fail(request, result)
+                changed.append(request)
+                continue
+            request.num_computed += chunk.length
+            if self.config.enable_prefix_caching and request.cacheable:
+                self.prefixes.file(request)
+            if self.config.window:
+                self._give_back_passed(request)
+            if result is not None:
+                request.tokens.append(result)
+                self.counters.generation_tokens += 1
+                self._finish_if_done(request)
+                changed.append(request)
+        return changed
+
+    def fail(self, request: Request, error: Exception) -> None:
+        """Ends a request with an error. Pages that it held are never shared again: they may hold what broke it."""
+        self.pool.forget(request.held)
+        self.counters.requests_failed += 1
+        request.error = error
+        self._end(request, "error")
+
+    def check_books(self) -> None:
+        """Raises RuntimeError unless every block is free, cached or held as often as running requests list it."""
+        self.pool.check([r.held for r in self.requests.values()])
+        if len(self._seats) + len(self.running) != self.config.max_num_seqs:
+            raise RuntimeError(f"{len(self._seats)} free seats, {len(self.running)} running requests")
+        if sorted(map(id, [*self.running, *self._waiting])) != sorted(map(id, self.requests.values())):
+            raise RuntimeError("a request is in no queue or in two")
+
+    # ---- pages -----------------------------------------------------------------------------------------------------
+
+    def _passed(self, position: int) -> int:
+        """How many leading pages the query at `position`, and all after it, look past."""
+        window = self.config.window
+        return max(0, position - window + 1) // self.pool.block_size if window else 0
+
+    def _pages(self, num_tokens: int) -> int:
+        """The most pages that a request of so many tokens holds at once."""
+        pages = self.pool.blocks_for(num_tokens)
+        if self.config.window:
+            widest = self.pool.blocks_for(self.config.window + self.config.max_num_batched_tokens) + 1
+            pages = min(pages, widest)
+        return pages
+
+    def _make_room(self, request: Request, budget: int) -> bool:
+        """Gives a request the pages of its next chunk, at the cost of requests of worse rank, or of its own."""
+        pool, count = self.pool, min(len(request.tokens) - request.num_computed, budget)
+        first = request.num_computed // pool.block_size
+        shared = first < len(request.blocks) and not pool.is_private(request.blocks[first])
+        needed = pool.blocks_for(request.num_computed + count) - len(request.blocks) + shared
+        while needed > pool.num_available:
+            victim = max(self.running, key=lambda r: r.rank)
+            self.preempt(victim)
+            if victim is request:
+                return False
+        if needed > 0:
+            blocks = pool.allocate(needed)
+            if shared:
+                source, target = request.blocks[first], blocks.pop()
+                request.blocks[first] = target
+                request.num_listed = min(request.num_listed, first)
+                self._copies.append((source, target))
+                pool.release([source])
+            request.blocks += blocks
+        return True
+
+    def _give_back_passed(self, request: Request) -> None:
+        first, end = request.num_passed, min(self._passed(request.num_computed), len(request.blocks))
+        if end > first:
+            self.pool.release(request.blocks[first:end])
+            request.blocks[first:end] = [NO_BLOCK] * (end - first)
+            request.num_passed = end
+
+    # ---- from one state to another ---------------------------------------------------------------------------------
+
+    def _budget(self) -> int:
+        return self.config.max_num_batched_tokens - sum(chunk.length for chunk in self._planned.values())
+
+    def _plan_chunk(self, request: Request, budget: int) -> int:
+        left = len(request.tokens) - request.num_computed
+        count = min(left, budget)
+        self._planned[request] = Chunk(request, request.num_computed, count, count == left)
+        return count
+
+    def _admit(self) -> None:
+        """Starts waiting requests in the order of their rank, as long as the first of them fits."""
+        while self._waiting and (budget := self._budget()) > 0:
+            request = self._waiting[0]
+            if not self._seats and not self._displace(request, 0):
+                break
+            hit = self.prefixes.find(request) if self.config.enable_prefix_caching else []
+            held = [block for block in hit if block != NO_BLOCK]
+            idle = sum(self.pool.count(block) == 0 for block in held)
+            # Others may grow: room for what they know already, and for one more page each.
+            growth = sum(max(1, 1 + self._pages(len(r.tokens)) - len(r.held)) for r in self.running)
+            needed = max(0, self._pages(len(request.tokens)) - len(held)) + idle + growth
+            short = needed - self.pool.num_available
+            if short > 0:
+                if self._displace(request, short):
+                    continue
+                break
+            self._waiting.pop(0)
+            if request.num_preempted == 0:
+                request.num_hit = len(hit) * self.pool.block_size
+                self.counters.prompt_tokens += request.num_prompt
+                self.counters.prefix_cache_queries += request.num_prompt if self.config.enable_prefix_caching else 0
+                self.counters.prefix_cache_hits += request.num_hit
+            self._start(request, hit, len(hit) * self.pool.block_size)
+            request.num_filed = len(hit)
+            if not self._make_room(request, budget):
+                break
+            self._plan_chunk(request, budget)
+
+    def _displace(self, request: Request, short: int) -> bool:
+        """Preempts requests of lower priority, the worst first, if that gives `request` a seat and `short` pages."""
+        lower = sorted((r for r in self.running if r.priority > request.priority), key=lambda r: r.rank, reverse=True)
+        freed, victims = 0, []
+        for victim in lower:
+            victims.append(victim)
+            freed += sum(self.pool.count(block) == 1 for block in victim.held)
+            if freed >= short:
+                break
+        if not victims or freed < short:
+            return False
+        for victim in victims:
+            self.preempt(victim)
+        return True
+
+    def _start(self, request: Request, blocks: Sequence[int], num_computed: int) -> None:
+        """From waiting to running, on pages that hold its first tokens already."""
+        request.blocks, request.num_computed = list(blocks), num_computed
+        request.num_passed = next((i for i, block in enumerate(blocks) if block != NO_BLOCK), len(blocks))
+        self.pool.share(request.held)
+        request.status, request.seat, request.num_listed = Status.RUNNING, self._seats.pop(), 0
+        self.running.append(request)
+
+    def _enqueue(self, request: Request) -> None:
+        bisect.insort(self._waiting, request, key=lambda r: r.rank)
+
+    def _vacate(self, request: Request) -> None:
+        """From running to nowhere."""
+        self.pool.release(request.held)
+        request.blocks, request.num_passed, request.num_computed, request.num_filed = [], 0, 0, 0
+        self.running.remove(request)
+        self._seats.append(request.seat)
+        request.seat = -1
+        self._planned.pop(request, None)
+
+    def _end(self, request: Request, reason: str) -> None:
+        if request.status is Status.RUNNING:
+            self._vacate(request)
+        else:
+            self._waiting.remove(request)
+        request.finish_reason = reason
+        request.status = Status.FINISHED
+        del self.requests[request.request_id]
+
+    def _finish_if_done(self, request: Request) -> None:
+        params, token, eos = request.params, request.tokens[-1], self.config.eos_token_ids
+        early = request.num_generated < params.min_tokens
+        ends = token in params.stop_token_ids or (token in eos and not params.ignore_eos)
+        reason = None
+        if ends and not early:
+            reason = "stop"
+        elif request.stop_check is not None:
+            try:
+                reason = "stop" if request.stop_check(request) else None
+            except Exception as error:  # the caller's code: whatever it raises concerns this request alone
+                self.fail(request, error)
+                return
+        if request.status is not Status.RUNNING:  # the check aborted it
+            return
+        if reason is None and len(request.tokens) >= request.limit:
+            reason = "length"
+        if reason is not None:
+            self.counters.requests_finished += 1
+            self._end(request, reason)

@@ -1,0 +1,92 @@
+"""A model that is a formula, over pages that hold the tokens themselves: what tests of the scheduler run steps on."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+from llmopt.runtime.block_pool import BlockPool
+from llmopt.runtime.request import NO_BLOCK, Request
+from llmopt.runtime.sampling import SamplingParams
+from llmopt.runtime.scheduler import Scheduler, SchedulerConfig, StepPlan
+
+SIZE = 4
+
+
+def make(num_blocks: int = 64, **changes: Any) -> Scheduler:
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, **changes}
+    return Scheduler(BlockPool(num_blocks, SIZE), SchedulerConfig(**limits))
+
+
+def request(name: str, prompt: Sequence[int] | int, max_tokens: int = 5, **fields: Any) -> Request:
+    tokens = list(prompt) if not isinstance(prompt, int) else [hash(name) % 1000 + i for i in range(prompt)]
+    return Request(name, tokens, len(tokens), SamplingParams(temperature=0.0, max_tokens=max_tokens), **fields)
+
+
+def next_token(tokens: Sequence[int]) -> int:
+    """The model: any function of all tokens before."""
+    return (sum((i + 1) * t for i, t in enumerate(tokens)) * 7 + 3) % 997
+
+
+class Memory:
+    """Pages that hold the tokens themselves: what a step reads must be the request's own tokens."""
+
+    def __init__(self, scheduler: Scheduler) -> None:
+        self.scheduler = scheduler
+        self.slots: dict[tuple[int, int], int] = {}
+
+    def run(self, plan: StepPlan) -> list[int | None]:
+        window = self.scheduler.config.window
+        for source, target in plan.copies:
+            for offset in range(SIZE):
+                self.slots.pop((target, offset), None)
+                if (source, offset) in self.slots:
+                    self.slots[target, offset] = self.slots[source, offset]
+        for chunk in plan.chunks:
+            for position in range(chunk.start, chunk.start + chunk.length):
+                block = chunk.request.blocks[position // SIZE]
+                pool = self.scheduler.pool
+                assert pool.is_private(block), "a step writes to a page that others look at"
+                self.slots[block, position % SIZE] = chunk.request.tokens[position]
+        results: list[int | None] = []
+        for owner, start, length, samples in plan.chunks:
+            first = max(0, start - window + 1) if window else 0
+            for position in range(first, start + length):
+                block = owner.blocks[position // SIZE]
+                assert block != NO_BLOCK, "a page was given back that is still looked at"
+                assert self.slots[block, position % SIZE] == owner.tokens[position]
+            results.append(next_token(owner.tokens) if samples else None)
+        return results
+
+
+def step(scheduler: Scheduler, memory: Memory) -> tuple[StepPlan, list[Request]]:
+    plan = scheduler.plan()
+    assert sum(chunk.length for chunk in plan.chunks) <= scheduler.config.max_num_batched_tokens
+    assert len(scheduler.running) <= scheduler.config.max_num_seqs
+    changed = scheduler.commit(plan, memory.run(plan))
+    scheduler.check_books()
+    return plan, changed
+
+
+def finish(scheduler: Scheduler, memory: Memory | None = None, limit: int = 5000) -> None:
+    memory = memory or Memory(scheduler)
+    for _ in range(limit):
+        if not scheduler.has_unfinished:
+            break
+        step(scheduler, memory)
+    assert not scheduler.has_unfinished
+    assert scheduler.pool.num_held == 0
+
+
+def expected(prompt: Sequence[int], count: int) -> list[int]:
+    tokens = list(prompt)
+    for _ in range(count):
+        tokens.append(next_token(tokens))
+    return tokens[len(prompt) :]
+
+
+def check_outputs(requests: Sequence[Request]) -> None:
+    for each in requests:
+        count = each.params.max_tokens
+        assert each.generated == expected(each.tokens[: each.num_prompt], count), each.request_id
+        assert each.finish_reason == "length"

@@ -1,0 +1,427 @@
+"""The engine over real programs: tokens equal transformers' whatever happens, failures stay alone, nothing leaks."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import pytest
+import torch
+from models.zoo import VOCABULARY, build, greedy, prompts, reference_generate
+
+import llmopt
+from llmopt import LLM, SamplingParams
+from llmopt.compiler.options import Options
+from llmopt.compiler.report import Report
+from llmopt.engine import ModelEngine
+from llmopt.errors import InputError, QueueFullError, RequestError
+from llmopt.runtime.engine_core import MAX_SALT_LENGTH, EngineCore
+from llmopt.runtime.generation import Job, run_jobs
+from llmopt.runtime.request import Request
+from llmopt.runtime.step_program import StepBatch
+
+MAX_LEN = 64
+GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
+
+
+def long_model(name: str) -> Any:
+    """With positions for longer prompts, unless they are learned."""
+    model = build(name)
+    if name != "gpt2":
+        model.config.max_position_embeddings = 512
+    return model
+
+
+@functools.cache
+def engine_of(name: str) -> ModelEngine:
+    """One compiled program for all tests; its cores differ."""
+    return ModelEngine(long_model(name), Options.make({"block_size": 4, "fallback": "error"}), Report())
+
+
+def core_of(name: str = "llama", num_blocks: int = 0, max_model_len: int = MAX_LEN, **options: Any) -> EngineCore:
+    """An engine over pages full of NaN: nothing may be read that was not written."""
+    engine = engine_of(name)
+    program = engine.program()
+    if num_blocks:
+        options["kv_cache_memory_bytes"] = num_blocks * program.bytes_per_block()
+    core = EngineCore(program, engine.info, Options.make({"block_size": 4, **options}), max_model_len)
+    for tensor in core.cache.tensors:
+        tensor.fill_(float("nan"))
+    return core
+
+
+@functools.cache
+def llm() -> LLM:
+    """A tiny model without a tokenizer."""
+    return LLM(build("llama"), block_size=4, max_model_len=MAX_LEN)
+
+
+def tokens_of(model: LLM, rows: Sequence[Sequence[int]], params: SamplingParams) -> list[list[int]]:
+    return [list(out.outputs[0].token_ids) for out in model.generate(list(rows), params)]
+
+
+def finish(core: EngineCore) -> None:
+    while core.has_unfinished:
+        core.step()
+        core.scheduler.check_books()
+    assert core.cache.pool.num_held == 0
+
+
+@functools.cache
+def expected(name: str, row: tuple[int, ...], count: int) -> list[int]:
+    return greedy(long_model(name), row, count)
+
+
+# ---- the same tokens whatever happens ------------------------------------------------------------------------------
+
+
+SWEEP = [
+    name if name in ("llama", "mistral") else pytest.param(name, marks=pytest.mark.slow)
+    for name in ("llama", "mistral", "gemma2", "gemma3", "gpt2", "bloom", "qwen3-moe")
+]
+
+
+@pytest.mark.parametrize("name", SWEEP)
+def test_random_arrivals_chunks_preemption_and_prefixes(name: str) -> None:
+    """Prompts of 1 to 300 tokens that partly begin alike, arriving while others run, in a pool that is too small."""
+    generator = torch.Generator().manual_seed(3)
+    longest = 100 if name == "gpt2" else 300
+    lengths = [1, longest, *torch.randint(1, longest // 3, (6,), generator=generator).tolist()]
+    rows = prompts(lengths, seed=5)
+    rows[4:6] = [rows[1][: longest // 2] + row[:5] for row in rows[4:6]]
+    limit = longest + 20
+    blocks = -(-limit // 4) + 12
+    for budget in (7, 64):
+        core = core_of(name, blocks, limit, max_num_batched_tokens=budget, max_num_seqs=4)
+        requests: list[Request] = []
+        waits = torch.randint(0, 5, (len(rows),), generator=generator).tolist()
+        for row, wait in zip(rows, waits, strict=True):
+            requests.append(core.add_request(row, GREEDY.replace(max_tokens=12)))
+            for _ in range(wait):
+                core.step()
+        # The tokens of a request that is preempted by force are not computed in the order of the others.
+        core.scheduler.preempt(core.scheduler.running[-1])
+        finish(core)
+        # Asked again: what is left in the cache is used.
+        requests += [core.add_request(row, GREEDY.replace(max_tokens=12)) for row in rows[4:6]]
+        finish(core)
+        for row, request in zip([*rows, *rows[4:6]], requests, strict=True):
+            assert request.generated == expected(name, tuple(row), 12)
+        metrics = core.metrics()
+        assert metrics.num_preemptions > 0
+        assert metrics.prefix_cache_hits > 0
+        assert metrics.requests_finished == len(requests)
+        assert metrics.generation_tokens == 12 * len(requests)
+
+
+def test_a_pool_that_is_too_small_for_all_preempts() -> None:
+    core = core_of(num_blocks=14, max_num_seqs=4)
+    rows = prompts([9, 12, 5, 7])
+    requests = [core.add_request(row, GREEDY.replace(max_tokens=30)) for row in rows]
+    finish(core)
+    assert [request.generated for request in requests] == reference_generate("llama", rows, 30)
+    assert core.metrics().num_preemptions > 0
+    assert requests[0].num_preempted == 0
+
+
+def test_windows_of_all_layers_free_pages() -> None:
+    """Mistral's layers all slide: a long text runs in a pool that could never hold it."""
+    windows = {spec.window for spec in engine_of("mistral").program().caches}
+    assert 0 not in windows and max(windows) < 30
+    core = core_of("mistral", 24, 200, max_num_batched_tokens=16)
+    (row,) = prompts([120])
+    requests = [core.add_request(row, GREEDY.replace(max_tokens=40)) for _ in range(2)]
+    finish(core)
+    assert [request.generated for request in requests] == [expected("mistral", tuple(row), 40)] * 2
+    mixed = core_of("gemma2")
+    assert mixed.scheduler.config.window == 0, "a layer that sees everything keeps all pages"
+
+
+def test_forks_continue_a_prompt_on_shared_pages() -> None:
+    core = core_of()
+    (row,) = prompts([22])
+    params = SamplingParams(temperature=1.5, max_tokens=8, seed=7)
+    alone = core.add_request(row, params, stream=1)
+    finish(core)
+    core.reset_prefix_cache()
+    parent = core.add_request(row, params)
+    core.step()
+    held = core.cache.pool.num_held
+    child = core.fork(parent, stream=1)
+    assert core.cache.pool.num_held == held
+    finish(core)
+    assert child.generated == alone.generated != parent.generated
+    again = core.add_request(row, params)
+    finish(core)
+    assert again.generated == parent.generated
+
+
+def test_blocks_are_copied_in_every_layer() -> None:
+    cache = core_of().cache
+    for tensor in cache.tensors:
+        tensor.copy_(torch.arange(len(tensor)).view(-1, 1, 1, 1).expand_as(tensor))
+    cache.copy([(0, 1), (1, 2)])
+    for tensor in cache.tensors:
+        assert tensor[:4, 0, 0, 0].tolist() == [0, 0, 0, 3], "a copy may be copied on"
+
+
+# ---- failures stay alone -------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("during", ["decode", "prefill"])
+def test_nan_fails_one_request_and_its_pages_are_forgotten(during: str) -> None:
+    core = core_of(max_num_batched_tokens=8 if during == "prefill" else 64)
+    rows = prompts([30, 6, 11])
+    requests = [core.add_request(row, GREEDY) for row in rows]
+    for _ in range(2):
+        core.step()
+    bad = requests[0]
+    assert (bad.num_computed < bad.num_prompt) == (during == "prefill")
+    for tensor in core.cache.tensors:
+        tensor[bad.held[0]] = float("nan")
+    finish(core)
+    assert bad.finish_reason == "error"
+    assert isinstance(bad.error, llmopt.errors.LlmoptError) and "not finite" in str(bad.error)
+    assert [request.generated for request in requests[1:]] == reference_generate("llama", rows[1:], 8)
+    # The same prompt again finds nothing, and is served.
+    again = core.add_request(rows[0], GREEDY)
+    finish(core)
+    assert again.num_hit == 0
+    assert [again.generated] == reference_generate("llama", rows[:1], 8)
+    assert core.metrics().requests_failed == 1
+
+
+def test_an_exception_in_a_step_fails_whom_it_concerns(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_of()
+    rows = prompts([9, 6, 11])
+    requests = [core.add_request(row, GREEDY) for row in rows]
+    core.step()
+    program, bad = core.program, requests[1]
+
+    def evil(batch: StepBatch, cache: Any) -> torch.Tensor:
+        if bad.seat >= 0 and bad.num_generated > 3 and any(batch.seq_lens == bad.num_computed + 1):
+            raise ValueError("an evil forward")
+        return program(batch, cache)
+
+    monkeypatch.setattr(core, "program", evil)
+    finish(core)
+    assert [request.finish_reason for request in requests] == ["length", "error", "length"]
+    assert isinstance(bad.error, RequestError) and isinstance(bad.error.__cause__, ValueError)
+    reference = reference_generate("llama", rows, 8)
+    assert [requests[0].generated, requests[2].generated] == [reference[0], reference[2]]
+    assert bad.generated == reference[1][:4]
+
+
+def test_an_interrupt_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:
+    core = core_of()
+    rows = prompts([9, 6])
+    requests = [core.add_request(row, GREEDY) for row in rows]
+    core.step()
+    with monkeypatch.context() as patch:
+        patch.setattr(core, "program", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            core.step()
+    finish(core)
+    assert [request.generated for request in requests] == reference_generate("llama", rows, 8)
+
+
+def test_a_failure_in_generate_is_reported_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = llm()
+    core = model._engine_core()
+    program, rows = core.program, prompts([9, 12])
+
+    def evil(batch: StepBatch, cache: Any) -> torch.Tensor:
+        logits = program(batch, cache)
+        logits[batch.seq_lens == 11] = float("nan")
+        return logits
+
+    monkeypatch.setattr(type(core), "_forward", lambda self, chunks: evil(self._builder.build(chunks), self.cache))
+    first, second = model.generate(rows, GREEDY)
+    assert (first.outputs[0].finish_reason, second.outputs[0].finish_reason) == ("error", "length")
+    assert first.outputs[0].error is not None and len(first.outputs[0].token_ids) == 2
+    chunks = list(model.stream(rows[:1], GREEDY))
+    assert [chunk.token_id is None for chunk in chunks] == [False, False, True]
+    assert chunks[-1].finish_reason == "error"
+
+
+# ---- refused before any work ---------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("prompt", "message"),
+    [
+        ([], "the prompt is empty"),
+        ([VOCABULARY], rf"token id {VOCABULARY} is not in 0..{VOCABULARY - 1}"),
+        ([3, -1], "token id -1"),
+        ([1.5], "token id 1.5"),
+        ([True], "token id True"),
+        ([5] * MAX_LEN, f"the prompt has {MAX_LEN} tokens; the longest sequence is {MAX_LEN}"),
+    ],
+)
+def test_a_bad_prompt_stops_everything_before_any_work(prompt: list[int], message: str) -> None:
+    """The good prompt before it is not run either."""
+    steps = llm().get_metrics().num_steps
+    with pytest.raises(InputError, match=message):
+        llm().generate([[1, 2, 3], prompt], GREEDY)
+    assert llm().get_metrics().num_steps == steps
+    assert llm().get_metrics().num_requests_waiting == 0
+
+
+def test_bad_fields_of_a_request() -> None:
+    core = core_of(max_num_queued=1)
+    for salt in ("", "x" * (MAX_SALT_LENGTH + 1), 5, b"x"):
+        with pytest.raises(InputError, match="cache_salt must be a text"):
+            core.add_request([1], GREEDY, cache_salt=salt)  # type: ignore[arg-type]
+    for priority in (1.5, True, 1 << 31, "high"):
+        with pytest.raises(InputError, match="priority must be"):
+            core.add_request([1], GREEDY, priority=priority)  # type: ignore[arg-type]
+    request = core.add_request([1], GREEDY, request_id="a", cache_salt="\ud800")
+    with pytest.raises(InputError, match="'a' has not finished"):
+        core.add_request([1], GREEDY, request_id="a")
+    with pytest.raises(QueueFullError, match="max_num_queued is 1"):
+        core.add_request([1], GREEDY)
+    finish(core)
+    assert request.finish_reason == "length"
+    with pytest.raises(InputError, match="1 prompts but 2 priorities"):
+        llm().generate([[1]], GREEDY, priority=[1, 2])
+
+
+def test_a_cache_that_is_too_small_is_named_before_any_work() -> None:
+    core = core_of(num_blocks=5)
+    with pytest.raises(InputError, match=r"21 tokens do not fit into the KV cache of 20; raise kv_cache_memory_bytes"):
+        run_jobs(core, [Job([1, 2], GREEDY), Job([3] * 13, GREEDY)])
+    assert not core.has_unfinished
+    rows = prompts([12, 12, 1, 5])
+    updates = list(run_jobs(core, [Job(row, GREEDY) for row in rows]))
+    last = {update.index: update.request.generated for update in updates if update.is_last}
+    assert [last[i] for i in range(4)] == reference_generate("llama", rows, 8)
+    assert core.cache.num_free == 5
+
+
+# ---- several callers -----------------------------------------------------------------------------------------------
+
+
+def test_a_short_queue_serves_many_prompts() -> None:
+    core = core_of(max_num_queued=2, max_num_seqs=2)
+    rows = prompts([3] * 9)
+    rows = [[i, *row] for i, row in enumerate(rows)]
+    updates = list(run_jobs(core, [Job(row, GREEDY) for row in rows]))
+    last = {update.index: update.request.generated for update in updates if update.is_last}
+    assert [last[i] for i in range(9)] == reference_generate("llama", rows, 8)
+
+
+def test_closing_early_gives_everything_back() -> None:
+    core = core_of()
+    rows = prompts([9, 3, 5])
+    updates = run_jobs(core, [Job(row, GREEDY) for row in rows])
+    for _ in range(4):
+        next(updates)
+    assert core.cache.pool.num_held > 0
+    updates.close()
+    assert core.cache.pool.num_held == 0 and not core.has_unfinished
+    core.scheduler.check_books()
+    assert core.metrics().requests_aborted == 3
+
+
+def test_generations_share_steps_and_do_not_disturb_each_other() -> None:
+    model = llm()
+    rows = prompts([9, 17])
+    reference = reference_generate("llama", rows, 8)
+    first = model.stream([rows[0]], GREEDY)
+    got = [next(first).token_id]
+    steps = model.get_metrics().num_steps
+    assert tokens_of(model, rows[1:], GREEDY) == reference[1:]
+    shared = model.get_metrics().num_steps - steps
+    got += [chunk.token_id for chunk in first]
+    assert got == reference[0]
+    assert model.get_metrics().num_steps - steps == shared == 8, "the first stream's tokens came in the same steps"
+
+
+def test_threads_share_an_engine() -> None:
+    model = llm()
+    rows = prompts([9, 17, 5, 12])
+    with ThreadPoolExecutor(4) as threads:
+        answers = list(threads.map(lambda row: tokens_of(model, [row, row[:3]], GREEDY)[0], rows))
+    assert answers == reference_generate("llama", rows, 8)
+    model._engine_core(fresh=False).scheduler.check_books()
+
+
+def test_weights_that_changed_are_not_answered_from_the_cache() -> None:
+    """Even when the change cannot be seen: through `.data`, no version counts."""
+    module = build("llama")
+    model = LLM(module, block_size=4, max_model_len=MAX_LEN)
+    (row,) = prompts([30])
+    before = tokens_of(model, [row], GREEDY)
+    with torch.no_grad():
+        for parameter in module.parameters():
+            parameter.data.mul_(1.1)
+    assert tokens_of(model, [row], GREEDY) == [greedy(module, row, 8)] != before
+    # Within one call prefixes are shared.
+    hits = model.get_metrics().prefix_cache_hits
+    model.generate([row, row, [1], row], GREEDY.replace(max_tokens=1))
+    assert model.get_metrics().prefix_cache_hits == hits
+    rows = [row] * 20
+    outputs = model.generate(rows, GREEDY)
+    assert outputs[-1].num_cached_tokens == 28
+    assert {out.outputs[0].token_ids for out in outputs} == {outputs[0].outputs[0].token_ids}
+
+
+# ---- ends and seeds ------------------------------------------------------------------------------------------------
+
+
+def test_max_model_len_ends_a_request() -> None:
+    (out,) = llm().generate([prompts([60])[0]], GREEDY)
+    assert len(out.outputs[0].token_ids) == MAX_LEN - 60
+    assert out.outputs[0].finish_reason == "length"
+
+
+def test_ends_of_sequence() -> None:
+    """eos ends a request, ignore_eos and min_tokens keep it going, and other ids end it as well."""
+    model = build("llama")
+    (row,) = prompts([20])
+    (reference,) = reference_generate("llama", [row], 8)
+    end = reference[3]
+    assert end not in reference[:3]
+    model.generation_config.eos_token_id = [end, 130]
+    ending = LLM(model, block_size=4, max_model_len=MAX_LEN)
+
+    def run(**changes: Any) -> tuple[list[int], str | None]:
+        (out,) = ending.generate([row], GREEDY.replace(**changes))
+        return list(out.outputs[0].token_ids), out.outputs[0].finish_reason
+
+    assert run() == (reference[:4], "stop")
+    assert run(ignore_eos=True) == (reference, "length")
+    assert run(stop_token_ids=[reference[1]]) == (reference[:2], "stop")
+    assert run(max_tokens=4) == (reference[:4], "stop")
+    tokens, _ = run(min_tokens=6)
+    assert tokens[:3] == reference[:3]
+    assert len(tokens) >= 6 and not {end, 130} & set(tokens[:6])
+    # Nor is a stop token chosen before min_tokens.
+    tokens, _ = run(stop_token_ids=[reference[1]], min_tokens=3, ignore_eos=True)
+    assert tokens[0] == reference[0] and len(tokens) >= 3 and reference[1] not in tokens[:3]
+
+
+def test_seeds_repeat_whatever_else_is_in_the_batch() -> None:
+    rows = prompts([6, 11, 3])
+    params = SamplingParams(temperature=1.5, max_tokens=8, seed=7)
+    (alone,) = tokens_of(llm(), rows[:1], params)
+    batch = llm().generate(rows, [params, params.replace(seed=8), params.replace(seed=None)])
+    assert list(batch[0].outputs[0].token_ids) == alone
+    assert tokens_of(llm(), rows[:1], params.replace(seed=8))[0] != alone
+    assert [out.prompt_token_ids for out in batch] == [tuple(row) for row in rows]
+
+
+def test_generate_takes_one_prompt_or_none() -> None:
+    assert llm().generate([], GREEDY) == []
+    (row,) = prompts([5])
+    (single,) = llm().generate(row, GREEDY)
+    assert list(single.outputs[0].token_ids) == reference_generate("llama", [row], 8)[0]
+    with pytest.raises(InputError, match="needs a tokenizer"):
+        llm().generate("text", GREEDY)
+    with pytest.raises(InputError, match="stop strings need a tokenizer"):
+        llm().generate([row], GREEDY.replace(stop="x"))
+    with pytest.raises(InputError, match="1 prompts but 2 sampling parameters"):
+        llm().generate([row], [GREEDY, GREEDY])
+    assert llmopt.explain(llm()).graphs[0].kind == "step"

@@ -1,0 +1,172 @@
+"""The scheduler under any order of events, drawn by hypothesis."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
+from models.formula import Memory, check_outputs, expected, finish, make, request, step
+
+from llmopt.errors import InputError, QueueFullError
+from llmopt.runtime.request import Request, Status
+
+
+class Events(RuleBasedStateMachine):
+    """Requests are added, forked, aborted, preempted and failed while steps run; after each event the books are right.
+
+    Steps read pages that hold the tokens themselves, so a page that is given to two, or taken too early, is seen.
+    """
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+        self.seen: list[Request] = []
+
+    @rule(
+        blocks=st.integers(6, 30),
+        seqs=st.integers(1, 5),
+        budget=st.integers(1, 20),
+        window=st.sampled_from([0, 0, 3, 8]),
+        caching=st.booleans(),
+    )
+    @precondition(lambda self: self.count == 0)
+    def start(self, blocks: int, seqs: int, budget: int, window: int, caching: bool) -> None:
+        self.count = 1
+        self.scheduler = make(
+            blocks,
+            max_num_seqs=seqs,
+            max_num_batched_tokens=budget,
+            max_num_queued=6,
+            window=window,
+            enable_prefix_caching=caching,
+        )
+        self.memory = Memory(self.scheduler)
+
+    def pick(self, number: int, among: Sequence[Request]) -> Request:
+        return among[number % len(among)]
+
+    def submit(self, prompt: list[int], max_tokens: int, priority: int, salt: str | None, parent: str | None) -> None:
+        self.count += 1
+        each = request(str(self.count), prompt, max_tokens, priority=priority, cache_salt=salt)
+        try:
+            if parent is None:
+                self.scheduler.add(each)
+            else:
+                self.scheduler.fork(parent, each)
+        except (InputError, QueueFullError):
+            return
+        self.seen.append(each)
+
+    @rule(
+        length=st.integers(1, 30),
+        offset=st.integers(0, 2),
+        max_tokens=st.integers(1, 12),
+        priority=st.integers(0, 2),
+        salt=st.sampled_from([None, None, "s"]),
+    )
+    @precondition(lambda self: self.count)
+    def add(self, length: int, offset: int, max_tokens: int, priority: int, salt: str | None) -> None:
+        self.submit([i // 6 + offset * (i > 9) for i in range(length)], max_tokens, priority, salt, None)
+
+    @rule(number=st.integers(0, 99), cut=st.integers(0, 4), max_tokens=st.integers(1, 12), same=st.booleans())
+    @precondition(lambda self: self.count and self.scheduler.requests)
+    def fork(self, number: int, cut: int, max_tokens: int, same: bool) -> None:
+        parent = self.pick(number, list(self.scheduler.requests.values()))
+        prompt = parent.tokens[: max(1, len(parent.tokens) - cut)]
+        self.submit(
+            [*prompt, *([] if same else [5])], max_tokens, parent.priority, parent.cache_salt, parent.request_id
+        )
+
+    @rule(number=st.integers(0, 99))
+    @precondition(lambda self: self.count and self.scheduler.requests)
+    def abort(self, number: int) -> None:
+        assert self.scheduler.abort(self.pick(number, list(self.scheduler.requests.values())).request_id)
+
+    @rule(number=st.integers(0, 99))
+    @precondition(lambda self: self.count and self.scheduler.running)
+    def preempt(self, number: int) -> None:
+        self.scheduler.preempt(self.pick(number, self.scheduler.running))
+
+    @rule(number=st.integers(0, 99), during=st.sampled_from(["nothing", "failure", "abort", "preempt", "interrupt"]))
+    @precondition(lambda self: self.count and self.scheduler.requests)
+    def step(self, number: int, during: str) -> None:
+        plan = self.scheduler.plan()
+        assert plan.chunks, "a step without work while requests are unfinished"
+        self.scheduler.check_books()
+        if during == "interrupt":
+            return
+        results: list[int | Exception | None] = [*self.memory.run(plan)]
+        hit = number % len(plan.chunks)
+        if during == "failure":
+            results[hit] = ValueError("no")
+        elif during == "abort":
+            self.scheduler.abort(plan.chunks[hit].request.request_id)
+        elif during == "preempt":
+            self.scheduler.preempt(plan.chunks[hit].request)
+        self.scheduler.commit(plan, results)
+
+    @rule()
+    @precondition(lambda self: self.count)
+    def change_the_model(self) -> None:
+        self.scheduler.forget_prefixes()
+
+    @rule()
+    @precondition(lambda self: self.count)
+    def drain(self) -> None:
+        finish(self.scheduler, self.memory)
+
+    @invariant()
+    def books_are_right(self) -> None:
+        if not self.count:
+            return
+        self.scheduler.check_books()
+        pool = self.scheduler.pool
+        assert pool.num_free + pool.num_cached + pool.num_held == pool.num_blocks
+        for each in self.seen:
+            assert each.generated == expected(each.tokens[: each.num_prompt], each.num_generated)
+            assert each.status is not Status.FINISHED or each.blocks == []
+
+    def teardown(self) -> None:
+        if self.count:
+            finish(self.scheduler, self.memory)
+            self.scheduler.check_books()
+            for each in self.seen:
+                assert each.finish_reason in ("length", "abort", "error")
+
+
+Events.TestCase.settings = settings(
+    max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
+)
+TestEvents = Events.TestCase
+
+
+@pytest.mark.slow
+def test_many_more_orders_of_events() -> None:
+    many = settings(max_examples=4000, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+    run_state_machine_as_test(Events, settings=many)
+
+
+@settings(max_examples=150, deadline=None)
+@given(
+    lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3)), min_size=1, max_size=8),
+    blocks=st.integers(16, 40),
+    seqs=st.integers(1, 5),
+    budget=st.integers(1, 30),
+)
+def test_any_load_ends_with_the_right_tokens(
+    lengths: list[tuple[int, int, int]], blocks: int, seqs: int, budget: int
+) -> None:
+    scheduler = make(blocks, max_num_seqs=seqs, max_num_batched_tokens=budget)
+    memory = Memory(scheduler)
+    requests = []
+    for i, (prompt, count, wait) in enumerate(lengths):
+        requests.append(request(str(i), [j // 3 for j in range(prompt)], count))
+        scheduler.add(requests[-1])
+        for _ in range(wait):
+            if scheduler.has_unfinished:
+                step(scheduler, memory)
+    finish(scheduler, memory)
+    check_outputs(requests)
