@@ -31,11 +31,8 @@ _CONTEXT = ("context", "keys that a query sees, on average over the batch", 512)
 _NOTHING = Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
 
-def program_symbols(program: Program, step: bool) -> tuple[dict[str, sympy.Symbol], dict[str, str], dict[str, int]]:
-    """(symbol of each of the program's names, what each symbol stands for, sizes to start with).
-
-    A step's sizes have names of their own; those of other graphs keep the name in the program.
-    """
+def program_symbols(program: Program) -> tuple[dict[str, sympy.Symbol], dict[str, str], dict[str, int]]:
+    """(symbol of each of a step program's names, what each symbol stands for, sizes to start with)."""
     symbols: dict[str, sympy.Symbol] = {}
     meanings: dict[str, str] = {}
     hints: dict[str, int] = {}
@@ -46,10 +43,9 @@ def program_symbols(program: Program, step: bool) -> tuple[dict[str, sympy.Symbo
         value = program.inputs[source.index]
         if value is not None:
             meaning = f"{program.values[value].name}.shape[{source.dim}]"
-        if step:
-            inputs = list(STEP_INPUTS)
-            key = (inputs[source.index], source.dim) if source.index < len(inputs) else ("cache", source.dim)
-            name, meaning, hint = _STEP_SIZES.get(key, _CACHE_PAGES if key[0] == "cache" else (name, meaning, hint))
+        inputs = list(STEP_INPUTS)
+        key = (inputs[source.index], source.dim) if source.index < len(inputs) else ("cache", source.dim)
+        name, meaning, hint = _STEP_SIZES.get(key, _CACHE_PAGES if key[0] == "cache" else (name, meaning, hint))
         symbols[source.name] = sympy.Symbol(name, integer=True, positive=True)
         meanings[name], hints[name] = meaning, hint
     return symbols, meanings, hints
@@ -95,21 +91,42 @@ def _touched(step: KernelCall | AtenCall) -> list[int]:
 def graph_details(graph: fx.Graph, lowered: Lowered, step: bool) -> Details:
     """The details of a lowered graph; costs over the same symbols as the memory plan."""
     program = lowered.program
-    symbols, meanings, hints = program_symbols(program, step)
+    symbols, meanings, hints = program_symbols(program) if step else _graph_symbols(graph, program)
     names: dict[sympy.Symbol, sympy.Symbol] = {}
     inputs = placeholders(graph)
     for source in program.symbols:
         val = inputs[source.index].meta["val"]
         size = val if isinstance(val, torch.SymInt) else val.shape[source.dim]
         names[size.node.expr] = symbols[source.name]
-        if not step and size.node.hint is not None:
-            hints[symbols[source.name].name] = int(size.node.hint)
     calls = _calls(program, lowered)
     if any(CONTEXT in expression.free_symbols for call in calls for expression in vars(call.cost).values()):
         names[CONTEXT] = sympy.Symbol(_CONTEXT[0], integer=True, positive=True)
         meanings[_CONTEXT[0]], hints[_CONTEXT[0]] = _CONTEXT[1:]
     calls = [CallReport(c.kernel, c.origin, c.location, c.cost.renamed(names)) for c in calls]
     return Details(meanings, hints, calls, to_sympy(program.arena_bytes, symbols), lifetimes(program, symbols))
+
+
+def _graph_symbols(graph: fx.Graph, program: Program) -> tuple[dict[str, sympy.Symbol], dict[str, str], dict[str, int]]:
+    """As `program_symbols`, under the names that the graph's inputs are printed with; in the program's order."""
+    symbols: dict[str, sympy.Symbol] = {}
+    meanings: dict[str, str] = {}
+    hints: dict[str, int] = {}
+    inputs = placeholders(graph)
+    for source in program.symbols:
+        val = inputs[source.index].meta["val"]
+        size = val if isinstance(val, torch.SymInt) else val.shape[source.dim]
+        name = size.node.expr.name
+        symbols[source.name] = sympy.Symbol(name, integer=True, positive=True)
+        places = (
+            f"{node.name}.shape[{dim}]"
+            for node in inputs
+            if isinstance(node.meta["val"], torch.Tensor) and not node.meta.get("weight")
+            for dim, extent in enumerate(node.meta["val"].shape)
+            if isinstance(extent, torch.SymInt) and extent.node.expr == size.node.expr
+        )
+        meanings[name] = next(places, f"argument {source.index}")
+        hints[name] = int(size.node.hint) if size.node.hint is not None else 1
+    return symbols, meanings, hints
 
 
 def _calls(program: Program, lowered: Lowered) -> list[CallReport]:
@@ -142,6 +159,6 @@ def _call(step: KernelCall | AtenCall, nodes: Sequence[fx.Node], cost: Cost) -> 
 
 def program_details(program: Program) -> Details:
     """The details of a step program without its graph, as read from a file: no costs."""
-    symbols, meanings, hints = program_symbols(program, step=True)
+    symbols, meanings, hints = program_symbols(program)
     calls = [_call(step, [], _NOTHING) for step in program.steps]
     return Details(meanings, hints, calls, to_sympy(program.arena_bytes, symbols), lifetimes(program, symbols))

@@ -106,4 +106,6 @@ def measure_call(
     for number, (graph, compiled) in enumerate(graphs):
         seconds = [statistics.median(column) for column in zip(*samples[number], strict=True)]
         if any(seconds):
-            graph.timing = Timing(compiled.executable.last_sizes, seconds, rounds, limits)
+            names = graph.details.symbols if graph.details is not None else {}
+            sizes = dict(zip(names, compiled.executable.last_sizes.values(), strict=True))
+            graph.timing = Timing(sizes, seconds, rounds, limits)

@@ -133,7 +133,7 @@ REFUSED: dict[str, tuple[Extra, str, str]] = {
     "sorted tokens": (lambda m, x, p: x.sort(1)[0], "sort", "mixes rows"),
     "norm over tokens": (lambda m, x, p: x / x.norm(dim=1, keepdim=True), "norm", ""),
     "convolution over time": (_conv, "conv", ""),
-    "linear attention": (_outside, "matmul", "pairs of positions"),
+    "linear attention": (_outside, "batched_linear", "pairs of positions"),
     "length": (lambda m, x, p: x * (1 / x.shape[1]), "mul", "mixes rows"),
     "length in a power": (lambda m, x, p: x * x.shape[1] ** 0.5, "mul", "mixes rows"),
     "product with a mask": (lambda m, x, p: x.mT.reshape(1, -1, HIDDEN) + x, "view", "mixes rows"),
