@@ -78,6 +78,10 @@ class _Runner:
         self._report.graphs.append(report)
         return compiled
 
+    def __deepcopy__(self, memo: Any) -> _Runner:
+        """Itself: PyTorch's debugging tools copy what they run, and a compiled program has no state to protect."""
+        return self
+
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         run = self._get(arguments) if self._floats else next(iter(self._compiled.values()))
         if not isinstance(run, CompiledGraph):

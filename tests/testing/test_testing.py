@@ -291,6 +291,21 @@ def test_bisect_command_on_a_model(workplace: Path) -> None:
 # ---- repros --------------------------------------------------------------------------------------------------------
 
 
+def test_write_repro_keeps_the_one_operation_that_is_wrong(
+    registered: Swap, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Without running the file, which takes a process of its own; the slow test below does."""
+    monkeypatch.setattr("llmopt.testing.reproduction._fails", lambda path: True)
+    path = tmp_path / "found.py"
+    found = testing.write_repro(Net().eval(), torch.randn(3, 8), path=path, options={"threads": 1})
+    assert found is not None and (found.kind, found.nodes, found.path) == ("accuracy", 1, path)
+    assert found.nodes_before >= 6
+    text = path.read_text()
+    assert "tanh" in text and "linear" not in text and "backend='llmopt'" in text
+    compile(text, "found.py", "exec")
+
+
+@pytest.mark.slow
 def test_repro_command_minifies_a_wrong_result(workplace: Path) -> None:
     answer = command("repro", "--import", "broken_pass", "script.py", folder=workplace)
     assert answer.returncode == 0, answer.stdout + answer.stderr
