@@ -11,10 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmopt import errors
+    from llmopt.codegen.cpu.registry import register_kernel, unregister_kernel
+    from llmopt.compiler.opspec import register_op
     from llmopt.compiler.options import Options
+    from llmopt.compiler.pass_manager import Pass
+    from llmopt.explaining import explain
     from llmopt.exporting import export, load
     from llmopt.llm import LLM, CompletionOutput, RequestOutput
-    from llmopt.optimization import explain, optimize
+    from llmopt.optimization import optimize
+    from llmopt.passes.pipeline import register_pass, unregister_pass
     from llmopt.runtime.beam_search import BeamSearchParams
     from llmopt.runtime.sampling import SamplingParams, StructuredOutputsParams
 
@@ -29,9 +34,15 @@ _HOME = {
     "BeamSearchParams": "llmopt.runtime.beam_search",
     "Options": "llmopt.compiler.options",
     "optimize": "llmopt.optimization",
-    "explain": "llmopt.optimization",
+    "explain": "llmopt.explaining",
     "export": "llmopt.exporting",
     "load": "llmopt.exporting",
+    "Pass": "llmopt.compiler.pass_manager",
+    "register_kernel": "llmopt.codegen.cpu.registry",
+    "register_op": "llmopt.compiler.opspec",
+    "register_pass": "llmopt.passes.pipeline",
+    "unregister_kernel": "llmopt.codegen.cpu.registry",
+    "unregister_pass": "llmopt.passes.pipeline",
 }
 
 __all__ = [
@@ -39,6 +50,7 @@ __all__ = [
     "BeamSearchParams",
     "CompletionOutput",
     "Options",
+    "Pass",
     "RequestOutput",
     "SamplingParams",
     "StructuredOutputsParams",
@@ -47,6 +59,11 @@ __all__ = [
     "export",
     "load",
     "optimize",
+    "register_kernel",
+    "register_op",
+    "register_pass",
+    "unregister_kernel",
+    "unregister_pass",
 ]
 
 

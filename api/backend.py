@@ -15,6 +15,7 @@ from llmopt.compiler.errors import BackwardError, OptionError, ToolchainError, U
 from llmopt.compiler.graph import placeholders
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import GraphReport, Report
+from llmopt.explaining.dynamo import describe_capture
 from llmopt.runtime.compiled import CompiledGraph
 
 log = logging.getLogger(__name__)
@@ -68,11 +69,18 @@ class _Runner:
                 raise
             log.warning("llmopt runs this graph in eager mode: %s", error)
             names = [n.name for n in placeholders(self._gm.graph)]
-            self._report.graphs.append(GraphReport("backend", names[:4], refused=str(error)))
+            refused = GraphReport("backend", names[:4], refused=str(error))
+            describe_capture(self._gm, refused)
+            self._report.graphs.append(refused)
             forward = self._gm.forward
             return lambda args: forward(*args)
+        describe_capture(self._gm, report)
         self._report.graphs.append(report)
         return compiled
+
+    def __deepcopy__(self, memo: Any) -> _Runner:
+        """Itself: PyTorch's debugging tools copy what they run, and a compiled program has no state to protect."""
+        return self
 
     def __call__(self, *arguments: Any) -> Sequence[Any]:
         run = self._get(arguments) if self._floats else next(iter(self._compiled.values()))
@@ -95,12 +103,25 @@ def _with_backward_error(results: Sequence[Any], sources: Sequence[torch.Tensor]
     return out
 
 
+# Tools that want a graph before it is compiled: the latest one runs in place of the compiler.
+INTERCEPT: list[Callable[[fx.GraphModule, Sequence[Any], Options], Callable[..., Any]]] = []
+
+
+def _make_runner(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, report: Report
+) -> Callable[..., Any]:
+    if INTERCEPT:
+        return INTERCEPT[-1](gm, example_inputs, options)
+    return _Runner(gm, example_inputs, options, report)
+
+
 def make_backend(options: Options, report: Report) -> Callable[[fx.GraphModule, Sequence[Any]], Callable[..., Any]]:
     """A Dynamo backend with fixed options that records what it does in `report`."""
 
     def backend(gm: fx.GraphModule, example_inputs: Sequence[Any], **kwargs: Any) -> Callable[..., Any]:
-        return _Runner(gm, example_inputs, options, report)
+        return _make_runner(gm, example_inputs, options, report)
 
+    backend.compiler_name = "llmopt"  # type: ignore[attr-defined]  # what PyTorch's debugging tools call it
     return backend
 
 
@@ -117,12 +138,13 @@ def llmopt_backend(
     """
     if mode is not None and mode not in _MODES:
         raise OptionError("mode", mode, _MODES)
-    return _Runner(gm, example_inputs, Options.make(options), REPORT)
+    return _make_runner(gm, example_inputs, Options.make(options), REPORT)
 
 
 def _reset() -> None:
     REPORT.graphs.clear()
     REPORT.notes.clear()
+    REPORT.breaks.clear()
 
 
 # Dynamo calls `reset` of a backend from `torch._dynamo.reset()`.

@@ -1,4 +1,4 @@
-"""The command line: `llmopt generate`, `explain`, `export`, `env`.
+"""The command line: `llmopt generate`, `explain`, `bisect`, `repro`, `export`, `env`.
 
 Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 the file system refused, 2 a mistake in
 what was asked (every `LlmoptError`), 130 interrupted. Whatever is slow to import is imported inside the command that
@@ -10,24 +10,32 @@ from __future__ import annotations
 import json
 import os
 import sys
-from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 import llmopt
-from llmopt.compiler.errors import InputError, LlmoptError, OptionError
+from llmopt.commands import bisect as bisecting
+from llmopt.commands import explain as explaining
+from llmopt.commands import repro as reproducing
+from llmopt.commands.common import (
+    AsJson,
+    BlockSize,
+    Dtype,
+    MaxModelLen,
+    Model,
+    Threads,
+    check_for_program,
+    complain,
+    given,
+    is_program,
+    progress,
+)
+from llmopt.compiler.errors import InputError, LlmoptError
 
 if TYPE_CHECKING:
-    from torch import fx
-
-    from llmopt.compiler.report import GraphReport
     from llmopt.llm import LLM, RequestOutput
-    from llmopt.runtime.program_file import LoadedProgram
     from llmopt.runtime.sampling import SamplingParams
 
 
@@ -38,12 +46,12 @@ class _Commands(typer.core.TyperGroup):
         try:
             return super().invoke(ctx)
         except LlmoptError as error:
-            _complain(str(error))
+            complain(str(error))
             raise typer.Exit(2) from None
         except BrokenPipeError:
             raise  # typer ends quietly when the reader of a pipe has gone
         except OSError as error:
-            _complain(str(error))
+            complain(str(error))
             raise typer.Exit(1) from None
 
 
@@ -55,11 +63,6 @@ app = typer.Typer(
     rich_markup_mode=None,
     pretty_exceptions_enable=False,
 )
-
-
-def _complain(text: str) -> None:
-    console = Console(stderr=True, soft_wrap=True, highlight=False)
-    console.print(f"error: {text}", style="red", markup=False)
 
 
 def _show_version(wanted: bool) -> None:
@@ -77,46 +80,6 @@ def _global(
     # A progress bar belongs on a terminal; transformers and its hub client read this when they are imported.
     if not sys.stderr.isatty():
         os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
-
-
-Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a program file.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="auto, float32, bfloat16 or float16; auto keeps the model's own [auto]."),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 is PyTorch's number [0].")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(help="Longest sequence, prompt included; 0 is the model's own limit [0].")
-]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens in one page of the KV cache [16].")]
-AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-
-
-@contextmanager
-def _progress(text: str) -> Iterator[None]:
-    """A spinner on stderr while something takes long; nothing where stderr is no terminal."""
-    console = Console(stderr=True)
-    if console.is_terminal:
-        with console.status(text):
-            yield
-    else:
-        yield
-
-
-def _given(**options: Any) -> dict[str, Any]:
-    """What the user has set; the rest is left to the environment and the library's defaults."""
-    return {name: setting for name, setting in options.items() if setting is not None}
-
-
-def _is_program(model: str) -> bool:
-    return Path(model).is_file()
-
-
-def _check_for_program(model: str, options: dict[str, Any]) -> None:
-    """A program file has its dtype and page size compiled in; asking for others must not be passed over."""
-    for name in ("dtype", "block_size"):
-        if _is_program(model) and name in options:
-            raise OptionError(name, options[name], "nothing: a program file has it compiled in; export it again")
 
 
 # ---- generate ------------------------------------------------------------------------------------------------------
@@ -164,9 +127,9 @@ def generate(
         raise InputError("no prompt: give one as argument or by --prompt-file")
     if stream and len(texts) > 1 and not as_json:
         raise InputError(f"--stream prints one prompt, got {len(texts)}; --stream --json tells them apart")
-    options = _given(dtype=dtype, threads=threads, max_model_len=max_model_len, block_size=block_size)
-    _check_for_program(model, options)
-    chosen = _given(
+    options = given(dtype=dtype, threads=threads, max_model_len=max_model_len, block_size=block_size)
+    check_for_program(model, options)
+    chosen = given(
         max_tokens=max_tokens,
         temperature=temperature,
         top_p=top_p,
@@ -175,13 +138,13 @@ def generate(
         seed=seed,
         stop=tuple(stop) if stop else None,
     )
-    with _progress("loading"):
+    with progress("loading"):
         sampling = llmopt.SamplingParams(**chosen, ignore_eos=ignore_eos)
         llm = llmopt.LLM(model, **options)
     if stream:
         _stream(llm, texts, sampling, as_json)
         return
-    with _progress("compiling and generating"):
+    with progress("compiling and generating"):
         results = llm.generate(texts, sampling)
     for number, result in enumerate(results):
         _print_result(number, result, len(results), as_json)
@@ -225,141 +188,11 @@ def _stream(llm: LLM, texts: list[str], sampling: SamplingParams, as_json: bool)
         typer.echo()
 
 
-# ---- explain -------------------------------------------------------------------------------------------------------
+# ---- explain, bisect, repro ----------------------------------------------------------------------------------------
 
-
-@app.command(
-    epilog="""Examples:
-
-\b
-  llmopt explain ./model
-  llmopt explain ./model --dtype bfloat16 --kernels
-  llmopt explain ./model --json | jq '.graphs[0].passes'
-  llmopt explain model.engine"""
-)
-def explain(
-    model: Model,
-    kernels: Annotated[bool, typer.Option("--kernels", help="Print the C++ source of every kernel.")] = False,
-    graph: Annotated[bool, typer.Option("--graph", help="Print the graph after all passes.")] = False,
-    dtype: Dtype = None,
-    block_size: BlockSize = None,
-    as_json: AsJson = False,
-) -> None:
-    """Say what llmopt makes of a model.
-
-    For a folder: compiles the step program and prints passes with their matches and near misses, kernels, and
-    fallbacks to ATen with their reasons. For a program file: its inputs, kernels and schedule.
-    """
-    options = _given(dtype=dtype, block_size=block_size)
-    _check_for_program(model, options)
-    if _is_program(model):
-        if graph:
-            raise OptionError("graph", True, "False: a program file holds no graph, only what was made of it")
-        _explain_program(model, kernels, as_json)
-        return
-    with _progress("loading and compiling"):
-        report, final = _compile_folder(model, options)
-    if as_json:
-        from llmopt.compiler.report import Report
-
-        data = Report([report]).to_json()
-        if graph:
-            data["graphs"][0]["graph"] = _graph_text(final)
-        if not kernels:
-            for kernel in data["graphs"][0]["kernels"]:
-                del kernel["source"]
-        typer.echo(json.dumps(data, indent=2))
-        return
-    from llmopt.compiler.report import graph_text
-
-    typer.echo(graph_text(0, report))
-    if graph:
-        typer.echo(f"\n{_graph_text(final)}")
-    if kernels:
-        for use in report.kernels:
-            typer.echo(f"\n// {use.template} {use.arguments}: {use.calls} x {use.origin}\n{use.source}")
-
-
-def _compile_folder(model: str, options: dict[str, Any]) -> tuple[GraphReport, fx.Graph]:
-    """The report and the final graph of a folder's step program."""
-    from llmopt.compilation import compile_step
-    from llmopt.compiler.options import Options
-    from llmopt.huggingface import describe, load_model
-    from llmopt.tracing import trace_forward
-
-    settings = Options.make(options)
-    info = describe(load_model(model, settings.torch_dtype))
-    captured, _ = trace_forward(info.forward, info.max_model_len - 1)
-    return compile_step(captured, settings).report, captured.graph
-
-
-def _graph_text(graph: fx.Graph) -> str:
-    from llmopt.compiler.graph import graph_text
-
-    return graph_text(graph)
-
-
-def _explain_program(path: str, with_sources: bool, as_json: bool) -> None:
-    from llmopt.runtime.executable import kernel_source
-    from llmopt.runtime.program_file import load_program
-
-    with _progress("loading"):
-        loaded = load_program(path)
-    program = loaded.program.program
-    if as_json:
-        typer.echo(json.dumps(_program_json(loaded, with_sources), indent=2))
-        return
-    for line in _program_lines(loaded):
-        typer.echo(line)
-    if with_sources:
-        for spec in program.kernels:
-            typer.echo(f"\n// {_kernel_name(spec)}\n{kernel_source(spec)}")
-
-
-def _kernel_name(spec: Any) -> str:
-    arguments = ", ".join(spec.arguments).replace("llmopt::", "")
-    return f"{spec.template}<{arguments}>" if arguments else str(spec.template)
-
-
-def _program_json(loaded: LoadedProgram, with_sources: bool) -> dict[str, Any]:
-    from llmopt.codegen import program_json
-    from llmopt.runtime.executable import kernel_source
-
-    program = loaded.program.program
-    data: dict[str, Any] = {
-        "kind": "program",
-        "vocab_size": loaded.vocab_size,
-        "max_model_len": loaded.max_model_len,
-        "eos_token_ids": loaded.eos_token_ids,
-        "block_size": loaded.program.block_size,
-        "program": program_json.to_json(program),
-    }
-    if with_sources:
-        data["sources"] = [kernel_source(spec) for spec in program.kernels]
-    return data
-
-
-def _program_lines(loaded: LoadedProgram) -> Iterator[str]:
-    from llmopt.codegen.program import KernelCall
-
-    step = loaded.program
-    program = step.program
-    weights = sum(w.numel() * w.element_size() for w in step.executable.weights)
-    yield (
-        f"program: vocabulary {loaded.vocab_size}, sequences to {loaded.max_model_len} tokens, "
-        f"{len(program.weights)} weights of {weights / 1e6:.1f} MB"
-    )
-    yield (
-        f"KV cache: {len(step.caches)} layers, blocks of {step.block_size} tokens and {step.bytes_per_block()} bytes"
-    )
-    calls = [call for call in program.steps if isinstance(call, KernelCall)]
-    count = Counter(call.kernel for call in calls)
-    yield f"kernels ({len(calls)} calls)"
-    for number, spec in enumerate(program.kernels):
-        yield f"  [{number}] {_kernel_name(spec)}  {count[number]} x"
-    yield "schedule (call, kernel, what it computes; | waits for all threads)"
-    for number, call in enumerate(calls):
-        yield f"  {number:4d}  [{call.kernel}] {call.origin}{'  |' if call.sync_after else ''}"
+app.command(epilog=explaining.EPILOG)(explaining.explain)
+app.command(epilog=bisecting.EPILOG, context_settings=bisecting.CONTEXT)(bisecting.bisect)
+app.command(epilog=reproducing.EPILOG, context_settings=reproducing.CONTEXT)(reproducing.repro)
 
 
 # ---- export, env ---------------------------------------------------------------------------------------------------
@@ -385,10 +218,10 @@ def export(
     """
     if out.is_dir() or not out.absolute().parent.is_dir():
         raise InputError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder does not exist'}")
-    if _is_program(model):
+    if is_program(model):
         raise InputError(f"{model} is a program file already")
-    with _progress("loading and compiling"):
-        options = _given(dtype=dtype, max_model_len=max_model_len, block_size=block_size)
+    with progress("loading and compiling"):
+        options = given(dtype=dtype, max_model_len=max_model_len, block_size=block_size)
         llmopt.export(model, out, **options)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")
 

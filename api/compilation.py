@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import time
+import weakref
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,17 +14,18 @@ import torch
 from torch import fx
 
 from llmopt.codegen.lower import Lowered, lower
-from llmopt.codegen.program import KernelCall, Program
+from llmopt.codegen.program import Program
 from llmopt.compiler.capture import Captured, capture
 from llmopt.compiler.errors import UnsupportedError
-from llmopt.compiler.graph import location, placeholders
+from llmopt.compiler.graph import graph_text, location, placeholders
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import PassReport, run_pipeline
-from llmopt.compiler.report import Fallback, GraphReport, KernelUse
+from llmopt.compiler.report import Fallback, GraphReport
 from llmopt.compiler.step import CacheSpec
-from llmopt.passes.pipeline import BACKEND, step_pipeline
+from llmopt.explaining.details import graph_details
+from llmopt.explaining.kernels import kernel_uses
+from llmopt.passes.pipeline import backend_pipeline, step_pipeline
 from llmopt.runtime.compiled import CompiledGraph
-from llmopt.runtime.executable import kernel_source
 from llmopt.runtime.step_program import StepProgram
 from llmopt.runtime.weights import WeightBinder
 
@@ -48,23 +50,15 @@ def _describe(node: fx.Node) -> str:
 def make_report(kind: str, graph: fx.Graph, passes: list[PassReport], lowered: Lowered) -> GraphReport:
     """What was decided about one graph."""
     program = lowered.program
-    calls = [step for step in program.steps if isinstance(step, KernelCall)]
-    count = Counter(call.kernel for call in calls)
-    origin = {call.kernel: call.origin for call in reversed(calls)}
-    kernels = [
-        KernelUse(
-            spec.template, ", ".join(spec.arguments).replace("llmopt::", ""), origin[i], count[i], kernel_source(spec)
-        )
-        for i, spec in enumerate(program.kernels)
-    ]
     selection = lowered.selection
     return GraphReport(
         kind,
         [_describe(n) for n in placeholders(graph) if not n.meta.get("weight")],
         passes,
-        kernels,
+        kernel_uses(program),
         [Fallback(step.op, step.reason, step.location) for step in program.fallbacks],
         [Fallback(str(n.target), reason, location(n)) for n, reason in selection.rejected.items()],
+        make_details=lambda: graph_details(graph, lowered, kind == "step"),
     )
 
 
@@ -79,14 +73,17 @@ def compile_backend(
     start = time.perf_counter()
     captured = capture(gm, example_inputs)
     _mark_weights(captured)
+    before = graph_text(captured.graph, renumber=False) if options.record_graphs else None
     traced = time.perf_counter()
-    passes = run_pipeline(captured.graph, BACKEND, options)
+    passes = run_pipeline(captured.graph, backend_pipeline(), options)
     passed = time.perf_counter()
     lowered = lower(captured.graph, captured.mutations)
     report = make_report("backend", captured.graph, passes, lowered)
+    report.captured = before
     _check_fallbacks(report, options)
     compiled = CompiledGraph(captured.graph, lowered, captured.constants, options.threads)
     report.native_calls = len(compiled.executable.native_plans)
+    report.program = weakref.ref(compiled)
     report.seconds = {
         "capture": traced - start,
         "passes": passed - traced,
@@ -131,10 +128,12 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
     start = time.perf_counter()
     _mark_weights(captured)
     graph = captured.graph
+    before = graph_text(graph, renumber=False) if options.record_graphs else None
     passes = run_pipeline(graph, step_pipeline(options.block_size), options)
     passed = time.perf_counter()
     lowered = lower(graph)
     report = make_report("step", graph, passes, lowered)
+    report.captured = before
     _check_fallbacks(report, options)
     caches: list[CacheSpec] = []
     for node in placeholders(graph):
@@ -143,6 +142,7 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
             caches.append(spec)
     program = StepProgram(lowered.program, caches, options.block_size, options.threads)
     report.native_calls = len(program.executable.native_plans)
+    report.program = weakref.ref(program)
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}
     binder = WeightBinder(graph, lowered.weights)
     return CompiledStep(program, binder, report, [node.meta.get("argument") for node in placeholders(graph)])

@@ -9,7 +9,7 @@ from typing import Any, TypeVar, cast, overload
 
 import torch
 
-from llmopt.backend import REPORT, make_backend
+from llmopt.backend import make_backend
 from llmopt.compiler.errors import InputError, LlmoptError, UnsupportedError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
@@ -120,19 +120,7 @@ def _optimize_module(model: Any, settings: Options) -> torch.nn.Module:
     return model
 
 
-def explain(model: Any = None) -> Report:
-    """What was compiled: passes and near misses, kernels, fallbacks with reasons; print it, or call `to_json()`.
-
-    Args:
-        model: an optimized module or an `llmopt.LLM`; None or any other module for all that the torch.compile backend
-            has done in this process.
-    """
-    if model is None:
-        return REPORT
-    if isinstance(model, torch.nn.Module):
-        state = vars(model).get(_STATE)
-        return state.report if state is not None else REPORT
-    report = getattr(model, "report", None)
-    if isinstance(report, Report):
-        return report
-    raise InputError(f"explain takes an optimized model, an LLM or nothing, got {type(model).__name__}")
+def state_of(model: torch.nn.Module) -> OptimizedState | None:
+    """What `optimize` keeps on a model, None for one that it has not seen."""
+    state = vars(model).get(_STATE)
+    return state if isinstance(state, OptimizedState) else None

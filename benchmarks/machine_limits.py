@@ -1,4 +1,4 @@
-"""What this machine can do at best, measured in the same minute as a kernel: memory reads and float multiply-adds.
+"""The machine's limits and interleaved timing, for the benchmarks.
 
 A shared machine's memory speed swings by half within minutes, so a figure in GB/s means little alone. Benchmarks call
 the probes between the timed runs and print ratios.
@@ -7,93 +7,9 @@ the probes between the timed runs and print ratios.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 
-import torch
-
-from llmopt.codegen.cpu.native import PUSH, NativeCall, NativePlan, TensorOperand
-from llmopt.codegen.cpu.toolchain import build_library, host_level
-
-_PROBES = r"""
-#include "simd.h"
-#include "abi.h"
-using namespace llmopt;
-
-// tensors: data, sink [workers * kLanes] float; ints: bytes. Sums all of the data with four vector accumulators.
-LLMOPT_KERNEL(read_memory) {
-  const Range mine = share(worker, args.ints[0], 4 * kVectorBytes);
-  const char* p = args.tensor<const char>(0);
-  vi sum[4] = {};
-  for (std::int64_t i = mine.begin; i + 4 * kVectorBytes <= mine.end; i += 4 * kVectorBytes)
-    for (int j = 0; j < 4; ++j) {
-      vi v;
-      std::memcpy(&v, p + i + j * kVectorBytes, sizeof v);
-      sum[j] += v;
-    }
-  const vi total = sum[0] + sum[1] + sum[2] + sum[3];
-  std::memcpy(args.tensor<float>(1) + worker.index * kLanes, &total, sizeof total);
-}
-
-// tensors: sink [workers * kLanes] float; ints: iterations of kChains multiply-adds of kLanes lanes on each worker.
-constexpr int kChains = 12;  // covers latency 4 on three pipes, and fits 16 registers
-LLMOPT_KERNEL(multiply_add) {
-  vf acc[kChains], a = splat(0.5f), b = splat(1.0f + static_cast<float>(worker.index));
-  for (int j = 0; j < kChains; ++j) acc[j] = splat(static_cast<float>(j));
-  const std::int64_t iterations = args.ints[0];
-  for (std::int64_t i = 0; i < iterations; ++i) {
-#pragma GCC unroll 16
-    for (int j = 0; j < kChains; ++j) acc[j] = fma(acc[j], a, b);
-  }
-  for (int j = 1; j < kChains; ++j) acc[0] += acc[j];
-  store(args.tensor<float>(0) + worker.index * kLanes, acc[0]);
-}
-"""
-
-_ITERATIONS = 4_000_000  # about 15 ms
-_CHAINS = 12  # kChains
-_LANES = {"avx512_bf16": 16, "avx512": 16, "avx2": 8, "portable": 4}  # floats in a vector at each level
-
-
-def kernel_plan(
-    source: str, entry: str, tensors: Sequence[torch.Tensor | None], ints: Sequence[int], floats: Sequence[float] = ()
-) -> Callable[..., None]:
-    """Compiles `source` and returns `run(other=None, threads=None)`, which runs `entry`.
-
-    `other` are tensors to use in place of `tensors`; `threads` is PyTorch's number when None.
-    """
-    operands = tuple(TensorOperand(-1 if t is None else i) for i, t in enumerate(tensors))
-    call = NativeCall(entry, operands, tuple((PUSH, int(i)) for i in ints), tuple(floats))
-    plan = NativePlan(build_library([source]), [call])
-    default = [0 if t is None else t.data_ptr() for t in tensors]
-
-    def run(other: Sequence[torch.Tensor | None] | None = None, threads: int | None = None) -> None:
-        bases = default if other is None else [0 if t is None else t.data_ptr() for t in other]
-        plan.run(bases, [], threads)
-
-    return run
-
-
-class Limits:
-    """Runnable probes: `read()` passes once over `bytes` bytes of memory, `multiply_add()` performs `flop` operations.
-
-    Both use `threads` threads (PyTorch's number when None).
-    """
-
-    def __init__(self, megabytes: int = 256, threads: int | None = None) -> None:
-        threads = threads or torch.get_num_threads()
-        self.bytes = megabytes << 20
-        self._data = torch.ones(self.bytes // 4, dtype=torch.int32)
-        self._sink = torch.zeros(64 * 16)
-        self._read = kernel_plan(_PROBES, "read_memory", [self._data, self._sink], [self.bytes])
-        self._fma = kernel_plan(_PROBES, "multiply_add", [self._sink], [_ITERATIONS])
-        self._threads = threads
-        self.flop = 2 * _LANES[host_level().name] * _CHAINS * _ITERATIONS * threads
-
-    def read(self) -> None:
-        self._read(threads=self._threads)
-
-    def multiply_add(self) -> None:
-        self._fma(threads=self._threads)
+from llmopt.codegen.cpu.limits import Limits, kernel_plan
 
 
 def interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[str, list[float]]:
@@ -107,3 +23,6 @@ def interleave(runs: Mapping[str, Callable[[], object]], rounds: int) -> dict[st
             run()
             seconds[name].append(time.perf_counter() - begin)
     return seconds
+
+
+__all__ = ["Limits", "interleave", "kernel_plan"]

@@ -131,6 +131,28 @@ def from_sympy(expression: sympy.Expr | int, names: Mapping[sympy.Symbol, str] |
     raise UnsupportedError(f"the size {expression} has no integer form ({type(expression).__name__})")
 
 
+def to_sympy(index: Index, symbols: Mapping[str, sympy.Symbol]) -> sympy.Expr:
+    """The inverse of `from_sympy`: `symbols` gives the symbol of each name."""
+    if isinstance(index, int):
+        return sympy.Integer(index)
+    if isinstance(index, str):
+        return symbols[index]
+    left, right = to_sympy(index.left, symbols), to_sympy(index.right, symbols)
+    match index.operator:
+        case "+":
+            return left + right
+        case "*":
+            return left * right
+        case "//":
+            return torch_functions.FloorDiv(left, right)
+        case "%":
+            return torch_functions.PythonMod(left, right)
+        case "min":
+            return sympy.Min(left, right)
+        case "max":
+            return sympy.Max(left, right)
+
+
 def _fold(combine: Callable[[Index, Index], Index], items: list[Index]) -> Index:
     result = items[0]
     for item in items[1:]:

@@ -42,12 +42,13 @@ class Lowered:
     """A program, and what is needed to bind weights to it.
 
     weights: for each weight slot of the program the placeholder it reads, or the node that is computed from weights.
-    constants: the graph's nodes that are evaluated at bind time.
+    nodes: for each step of the program the nodes that it computes.
     """
 
     program: Program
     selection: Selection
     weights: list[Node]
+    nodes: list[Sequence[Node]] = field(default_factory=list)
 
 
 @dataclass(eq=False)
@@ -98,7 +99,8 @@ class _Lowering:
         arguments = self._add_inputs(inputs)
         self._add_weights(units)
         workspaces = self._place_values(units)
-        steps = _with_barriers([step for unit in units for step in self._steps(unit, workspaces)])
+        made = [(unit, step) for unit in units for step in self._steps(unit, workspaces)]
+        steps = _with_barriers([step for _, step in made])
         returned = outputs(self.graph)
         results = [self._argument(item) for item in returned[len(self.mutations) :]]
         news = [self._view(node) for node in returned[: len(self.mutations)]]
@@ -113,7 +115,7 @@ class _Lowering:
             list(zip(self.mutations, news, strict=True)),
             self.arena_bytes,
         )
-        return Lowered(program, self.selection, self.weights)
+        return Lowered(program, self.selection, self.weights, [unit.nodes for unit, _ in made])
 
     # ---- sizes ------------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from llmopt.codegen import index
-from llmopt.codegen.cpu.templates import ARGUMENT_TOKENS, HEADERS
+from llmopt.codegen.cpu.templates import ARGUMENT_TOKENS, HEADERS, REGISTERED_SOURCES
 from llmopt.codegen.loops import serialize
 from llmopt.codegen.program import KernelCall, KernelSpec, Operand, Program, Size, SymbolSource, Value, View
 from llmopt.compiler.errors import ProgramFileError, UnsupportedError
@@ -161,7 +161,7 @@ def _kernel(row: list[Any]) -> KernelSpec:
     template, arguments, loop = row
     if template == "loop":
         return KernelSpec("loop", (), serialize.kernel_from_json(loop))
-    if not isinstance(template, str) or template not in HEADERS:
+    if not isinstance(template, str) or (template not in HEADERS and template not in REGISTERED_SOURCES):
         raise ProgramFileError(f"unknown kernel template {str(template)[:40]!r}")
     if not isinstance(arguments, list) or not all(isinstance(a, str) and a in ARGUMENT_TOKENS for a in arguments):
         raise ProgramFileError(f"unknown arguments of kernel template {template}")

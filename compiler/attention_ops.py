@@ -126,16 +126,25 @@ def attention(
     return attend(q, k, v, visible, bias, scale, softcap, sinks)
 
 
+# The context of a batch is data, not a size: the keys that a query sees on average.
+CONTEXT = sympy.Symbol("context", positive=True)
+
+
 def _paged_cost(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> Cost:
-    # The context of a batch is data, not a size: `context` stands for the keys that a query sees on average.
-    context = sympy.Symbol("context", positive=True)
+    write, attend = paged_stages(q, k, v, *rest)
+    return write + attend
+
+
+def paged_stages(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Cost, Cost]:
+    """What `paged_attention` costs by stage: writing this step's keys and values into the cache, and attending."""
     heads, width = (to_expr(size) for size in q.shape[-2:])
     groups, value_width = to_expr(k.shape[-2]), to_expr(v.shape[-1])
     tokens = numel(q) / (heads * width)
     requests = to_expr(rest[5].shape[0])
-    cached = requests * context * groups * (width + value_width) * k.element_size()
-    written = nbytes(k, v) + tokens * heads * value_width * q.element_size()
-    return Cost(2 * tokens * heads * context * (width + value_width), nbytes(q, k, v) + cached, written)
+    cached = requests * CONTEXT * groups * (width + value_width) * k.element_size()
+    flops = 2 * tokens * heads * CONTEXT * (width + value_width)
+    written = tokens * heads * value_width * q.element_size()
+    return Cost(sympy.Integer(0), nbytes(k, v), nbytes(k, v)), Cost(flops, nbytes(q) + cached, written)
 
 
 def _paged_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:

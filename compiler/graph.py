@@ -255,8 +255,12 @@ def _arg_text(arg: Any) -> str:
     return str(arg)
 
 
-def graph_text(graph: fx.Graph) -> str:
-    """A graph as readable Python: one line a node with its type, stable names in order of definition."""
+def graph_text(graph: fx.Graph, renumber: bool = True) -> str:
+    """A graph as readable Python, one line a node with its type.
+
+    `renumber` names nodes by op in order of definition, so that equal graphs print equally. Without it they keep their
+    own names, which a pass does not change: so two states of one graph can be compared line by line.
+    """
     names: dict[Node, str] = {}
     count: dict[str, int] = {}
     rows = []
@@ -274,6 +278,8 @@ def graph_text(graph: fx.Graph) -> str:
             stem = stem.split(".")[-1]
         number = count[stem] = count.get(stem, -1) + 1
         names[node] = f"{stem}_{number}" if number or node.op == "placeholder" else stem
+        if not renumber:
+            names[node] = node.name
         label = f"{names[node]}: {_type_text(node.meta.get('val'))}"
         if node.op == "placeholder":
             rows.append(label)

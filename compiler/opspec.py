@@ -6,12 +6,14 @@ device, so an op without a kernel still works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
+
+from llmopt.compiler.errors import InputError
 
 LIBRARY = torch.library.Library("llmopt", "DEF")
 
@@ -33,6 +35,19 @@ class Cost:
     bytes_read: sympy.Expr
     bytes_written: sympy.Expr
 
+    def __add__(self, other: Cost) -> Cost:
+        return Cost(
+            self.flops + other.flops,
+            self.bytes_read + other.bytes_read,
+            self.bytes_written + other.bytes_written,
+        )
+
+    def renamed(self, names: Mapping[sympy.Symbol, sympy.Symbol]) -> Cost:
+        """The cost over other symbols."""
+        return Cost(
+            *(sympy.Integer(0) + part.xreplace(names) for part in (self.flops, self.bytes_read, self.bytes_written))
+        )
+
 
 # PyTorch's own defaults of assert_close; an op names others only with a reason.
 _ROUNDING = "one rounding to the storage type, as torch.testing.assert_close assumes"
@@ -51,6 +66,8 @@ class OpSpec:
     cost: takes the op's (fake) arguments and gives its Cost.
     samples: yields argument tuples of one dtype on fresh random data, odd sizes included.
     tolerances: by dtype, for kernels against the reference.
+    row_local: whether each position along the leading dimensions of the first operand is computed by itself, so that
+        the op may stand in a step program.
     """
 
     name: str
@@ -59,6 +76,7 @@ class OpSpec:
     cost: Callable[..., Cost]
     samples: Callable[[torch.dtype, torch.Generator], Iterator[tuple[Any, ...]]]
     tolerances: dict[torch.dtype, Tolerance]
+    row_local: bool = False
 
     @property
     def overload(self) -> Any:
@@ -76,15 +94,22 @@ def register_op(
     cost: Callable[..., Cost],
     samples: Callable[[torch.dtype, torch.Generator], Iterator[tuple[Any, ...]]],
     tolerances: dict[torch.dtype, Tolerance] | None = None,
+    row_local: bool = False,
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Declares `llmopt::<schema>` with the decorated function as its reference; `fake` gives shapes and dtypes."""
-    name = schema.partition("(")[0]
+    """Declares `llmopt::<schema>` with the decorated function as its reference; `fake` gives shapes and dtypes.
+
+    The other arguments are the fields of `OpSpec`. Raises InputError for a name that is taken.
+    """
+    name = schema.partition("(")[0].strip()
+    if name in OPS:
+        raise InputError(f"llmopt::{name} is declared already: {OPS[name].schema}")
 
     def decorate(reference: Callable[..., Any]) -> Callable[..., Any]:
         LIBRARY.define(schema)
         LIBRARY.impl(name, reference, "CompositeExplicitAutograd")
         torch.library.register_fake(f"llmopt::{name}", fake, lib=LIBRARY)
-        OPS[name] = OpSpec(name, schema, reference, cost, samples, {**DEFAULT_TOLERANCES, **(tolerances or {})})
+        accepted = {**DEFAULT_TOLERANCES, **(tolerances or {})}
+        OPS[name] = OpSpec(name, schema, reference, cost, samples, accepted, row_local)
         return reference
 
     return decorate

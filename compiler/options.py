@@ -38,7 +38,11 @@ class Options:
     disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
     fuel: stop rewriting after so many matches, to bisect a wrong result; -1 is unlimited (also `LLMOPT_FUEL`).
     verify: run the graph before and after each pass on random inputs and raise when a pass exceeds its error budget
-        (also `LLMOPT_VERIFY=1`).
+        (also `LLMOPT_VERIFY=1`). "revert" undoes what exceeded it instead, goes on, and says so in `explain` (also
+        `LLMOPT_VERIFY=revert`).
+    record_graphs: keep the printed graph before the passes and after each, for `explain`.
+    rewrite_log: a file to which every compilation appends one line of JSON about the rewrites it made, the last one in
+        full; what bisection reads (also `LLMOPT_REWRITE_LOG`).
     fallback: what happens to ops without a kernel: "warn" runs them on ATen and says so once, "silent" only records
         it for `explain`, "error" refuses the graph.
     """
@@ -55,7 +59,9 @@ class Options:
     max_num_queued: int = 4096
     disabled_passes: tuple[str, ...] = ()
     fuel: int = -1
-    verify: bool = False
+    verify: bool | str = False
+    record_graphs: bool = False
+    rewrite_log: str = ""
     fallback: str = "silent"
 
     def __post_init__(self) -> None:
@@ -101,9 +107,11 @@ def _from_environment() -> dict[str, Any]:
         except ValueError:
             raise OptionError("LLMOPT_FUEL", fuel, "a whole number, -1 for unlimited") from None
     if verify := os.environ.get("LLMOPT_VERIFY"):
-        if verify not in ("0", "1"):
-            raise OptionError("LLMOPT_VERIFY", verify, ("0", "1"))
-        found["verify"] = verify == "1"
+        if verify not in ("0", "1", "revert"):
+            raise OptionError("LLMOPT_VERIFY", verify, ("0", "1", "revert"))
+        found["verify"] = verify if verify == "revert" else verify == "1"
+    if log := os.environ.get("LLMOPT_REWRITE_LOG"):
+        found["rewrite_log"] = log
     return found
 
 
@@ -134,6 +142,16 @@ def _names(name: str, val: Any) -> None:
         raise OptionError(name, val, "a tuple of pass names")
 
 
+def _verify(name: str, val: Any) -> None:
+    if val is not True and val is not False and val != "revert":
+        raise OptionError(name, val, (True, False, "revert"))
+
+
+def _path(name: str, val: Any) -> None:
+    if not isinstance(val, str):
+        raise OptionError(name, val, "the path of a file as a string, empty for none")
+
+
 _RULES: dict[str, Callable[[str, Any], None]] = {
     "dtype": _one_of(*_DTYPES),
     "threads": _whole(0, 1024),
@@ -147,6 +165,8 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "max_num_queued": _whole(0),
     "disabled_passes": _names,
     "fuel": _whole(-1),
-    "verify": _one_of(True, False),
+    "verify": _verify,
+    "record_graphs": _one_of(True, False),
+    "rewrite_log": _path,
     "fallback": _one_of("silent", "warn", "error"),
 }

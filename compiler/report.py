@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections import Counter
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import sympy
+
+from llmopt.compiler.opspec import Cost
 from llmopt.compiler.pass_manager import PassReport
 
 
@@ -19,6 +22,11 @@ class KernelUse:
     calls: int
     source: str
 
+    @property
+    def name(self) -> str:
+        """The template with its arguments."""
+        return f"{self.template}<{self.arguments}>" if self.arguments else self.template
+
 
 @dataclass(frozen=True)
 class Fallback:
@@ -30,13 +38,88 @@ class Fallback:
     count: int = 1
 
 
+@dataclass(frozen=True)
+class GraphBreak:
+    """Why Dynamo ended a graph, and the line of the user's model; `full` is all that Dynamo says about it."""
+
+    reason: str
+    location: str
+    full: str = ""
+
+
+@dataclass(frozen=True)
+class CallReport:
+    """One step of a program: the kernel that does it (its place in `GraphReport.kernels`, None on ATen) and its cost.
+
+    Costs are expressions in the symbols of `Details.symbols`.
+    """
+
+    kernel: int | None
+    origin: str
+    location: str | None
+    cost: Cost
+
+
+@dataclass(frozen=True)
+class ValueLife:
+    """A temporary value in the arena: bytes, byte offset, and the first and last step that touch it."""
+
+    name: str
+    size: sympy.Expr
+    offset: sympy.Expr
+    first: int
+    last: int
+
+
+@dataclass(frozen=True)
+class Details:
+    """What takes a moment to work out, and therefore is made only when somebody asks.
+
+    symbols: name -> what it stands for; `hints` are the sizes that a graph was captured with.
+    arena: bytes of temporary memory.
+    """
+
+    symbols: dict[str, str]
+    hints: dict[str, int]
+    calls: list[CallReport]
+    arena: sympy.Expr
+    lives: list[ValueLife]
+
+    def sizes(self, given: Mapping[str, int] | None = None) -> dict[str, int]:
+        """A value for every symbol: the hints, and what is given in their place."""
+        return {**self.hints, **(given or {})}
+
+
+@dataclass(frozen=True)
+class Limits:
+    """What the machine can do, as probed: 1e9 bytes read a second, 1e9 operations a second by dtype."""
+
+    threads: int
+    read_gb_s: float
+    gflop_s: dict[str, float]
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Measured seconds of each step of a program (medians of `rounds` runs) at the given sizes."""
+
+    sizes: dict[str, int]
+    seconds: list[float]
+    rounds: int
+    limits: Limits
+
+
 @dataclass
 class GraphReport:
     """One compiled graph.
 
-    kind: "backend" (the caller's own arguments) or "step" (a ragged batch over a paged KV cache).
+    kind: "backend" (the caller's own arguments), "step" (a ragged batch over a paged KV cache), or "program" (a file).
     refused: why the graph is not compiled at all and runs in eager mode, else None.
     rejected: op -> reasons why a template did not take it although something else compiles it.
+    frame: the function that Dynamo captured, with its compile id; `ends_at`: the break that ended the graph, if any.
+    guards: what must hold for the graph to be used again.
+    captured: the printed graph before the passes, where `Options.record_graphs` asks for it.
+    program: gives what runs the graph, for measurements, or None when that is gone.
     """
 
     kind: str
@@ -46,73 +129,52 @@ class GraphReport:
     fallbacks: list[Fallback] = field(default_factory=list)
     rejected: list[Fallback] = field(default_factory=list)
     native_calls: int = 0
-    arena: str = ""
     seconds: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
+    frame: str = ""
+    ends_at: GraphBreak | None = None
+    guards: list[str] = field(default_factory=list)
+    captured: str | None = None
+    timing: Timing | None = None
+    make_details: Callable[[], Details] | None = None
+    program: Callable[[], Any] | None = None
+    _details: Details | None = None
+
+    @property
+    def details(self) -> Details | None:
+        """Costs, memory plan and symbols; None for a graph that was refused."""
+        if self._details is None and self.make_details is not None:
+            self._details = self.make_details()
+        return self._details
 
 
 @dataclass
 class Report:
-    """Everything that was compiled for one model, and how `generate` is served."""
+    """Everything that was compiled for one model, and how `generate` is served.
+
+    breaks: graph breaks that no graph ends with, because nothing was captured before them.
+    """
 
     graphs: list[GraphReport] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
+    breaks: list[GraphBreak] = field(default_factory=list)
 
     def note(self, text: str) -> None:
         """Adds a remark once."""
         if text not in self.notes:
             self.notes.append(text)
 
+    def all_breaks(self) -> list[GraphBreak]:
+        """Every graph break, in the order in which they were met."""
+        return [*(g.ends_at for g in self.graphs if g.ends_at is not None), *self.breaks]
+
     def to_json(self) -> dict[str, Any]:
-        """The report as plain data."""
-        return {"graphs": [_graph_json(graph) for graph in self.graphs], "notes": list(self.notes)}
+        """The report as plain data; expressions are strings. `docs/explain.md` lists the fields."""
+        from llmopt.compiler.report_json import report_json
+
+        return report_json(self)
 
     def __str__(self) -> str:
-        return "\n\n".join([*(graph_text(i, graph) for i, graph in enumerate(self.graphs)), *self.notes]) or (
-            "nothing has been compiled yet: call the model, or generate with it, first"
-        )
+        from llmopt.compiler.report_text import report_text
 
-
-def _graph_json(graph: GraphReport) -> dict[str, Any]:
-    data = {k: v for k, v in vars(graph).items() if k not in ("passes", "kernels", "fallbacks", "rejected")}
-    data["passes"] = [{**vars(p), "skipped": dict(p.skipped)} for p in graph.passes]
-    for name in ("kernels", "fallbacks", "rejected"):
-        data[name] = [vars(item) for item in getattr(graph, name)]
-    return data
-
-
-def _columns(rows: list[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  " + "  ".join(cell.ljust(w) for cell, w in zip(row, widths, strict=True)).rstrip() for row in rows]
-
-
-def graph_text(number: int, graph: GraphReport) -> str:
-    """One graph as text for a terminal."""
-    lines = [f"graph {number}: {graph.kind}, {', '.join(graph.inputs)}"]
-    if graph.refused is not None:
-        return "\n".join([*lines, f"  runs in eager mode: {graph.refused}"])
-    lines.append("passes (rewrites, then near misses with their reasons)")
-    rows: list[tuple[str, ...]] = []
-    for item in graph.passes:
-        misses = "; ".join(f"{reason} ({count})" for reason, count in item.skipped.items())
-        state = "disabled" if item.disabled else str(item.matched)
-        rows.append((item.name, state, "; ".join(filter(None, [misses, *dict.fromkeys(item.notes)]))))
-    lines += _columns(rows) if rows else ["  none"]
-    lines.append(f"kernels ({sum(k.calls for k in graph.kernels)} calls in {graph.native_calls} native calls)")
-    lines += _columns(
-        [(k.template, k.arguments, f"{k.calls} x", k.origin) for k in graph.kernels] or [("none", "", "", "")]
-    )
-    lines.append("fallbacks to ATen")
-    counted = Counter((f.op, f.reason, f.location or "") for f in graph.fallbacks)
-    lines += [f"  {n} x {op}: {why}{f' at {place}' if place else ''}" for (op, why, place), n in counted.items()] or [
-        "  none"
-    ]
-    if graph.rejected:
-        lines.append("templates that were not taken (a fused loop computes the op)")
-        rejected = Counter((f.op, f.reason) for f in graph.rejected)
-        lines += [f"  {n} x {op}: {why}" for (op, why), n in rejected.items()]
-    if graph.arena:
-        lines.append(f"temporary memory: {graph.arena} bytes")
-    if graph.seconds:
-        lines.append("time: " + ", ".join(f"{name} {spent:.2f} s" for name, spent in graph.seconds.items()))
-    return "\n".join(lines)
+        return report_text(self)

@@ -15,6 +15,7 @@ from llmopt.passes.raise_linear import RaiseLinear
 from llmopt.passes.raise_moe import RaiseMoe
 from llmopt.passes.raise_norms import RaiseNorms
 from llmopt.passes.raise_rope import RaiseRope
+from llmopt.passes.registry import register_pass, unregister_pass, with_registered
 from llmopt.passes.substitute_attention import SubstituteAttention
 
 # Any captured graph: from ATen to the vocabulary.
@@ -43,9 +44,16 @@ FUSING: tuple[Pass, ...] = (
 BACKEND: tuple[Pass, ...] = RAISING + FUSING
 
 
+def backend_pipeline() -> tuple[Pass, ...]:
+    """BACKEND with the passes that users have registered."""
+    return with_registered(BACKEND)
+
+
 def step_pipeline(block_size: int) -> tuple[Pass, ...]:
     """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens."""
-    return (*RAISING, InsertKVCache(block_size=block_size), *FUSING)
+    return with_registered((*RAISING, InsertKVCache(block_size=block_size), *FUSING))
 
 
 pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16))
+
+__all__ = ["BACKEND", "FUSING", "RAISING", "backend_pipeline", "register_pass", "step_pipeline", "unregister_pass"]

@@ -16,6 +16,7 @@ from torch.fx.node import Node
 
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import aten, is_op, is_tensor, location, tensor, to_expr
+from llmopt.compiler.opspec import spec_of
 from llmopt.compiler.vocabulary import llmopt_ops
 
 # Dimension arguments of ops that combine entries along a dimension: position and default.
@@ -130,6 +131,9 @@ class RowLocality:
             return lambda n, inputs: (
                 inputs == [n.args[0]] and self.row_dim(tensor(inputs[0]), n) != tensor(inputs[0]).ndim - 1
             )
+        spec = spec_of(target)
+        if spec is not None and spec.row_local:  # a user's op, by its own declaration
+            return lambda n, inputs: all(self.row_dim(tensor(x), x) != tensor(x).ndim - 1 for x in inputs)
         return None
 
     def _aligned(self, node: Node, inputs: list[Node]) -> bool:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import hashlib
+import time
+from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -19,6 +21,8 @@ from llmopt.compiler.errors import InputError
 
 Tensor = torch.Tensor
 
+_profiling = torch._C._autograd._profiler_enabled
+
 # Base 0 of a native call is the arena; value i has base i + 1.
 _ARENA = 0
 
@@ -26,6 +30,12 @@ _ARENA = 0
 def kernel_entry(spec: KernelSpec) -> str:
     """The name of a kernel's entry: equal specifications share one."""
     return "k_" + hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
+
+
+def kernel_name(spec: KernelSpec) -> str:
+    """A kernel's template with its arguments, for people."""
+    arguments = ", ".join(spec.arguments).replace("llmopt::", "")
+    return f"{spec.template}<{arguments}>" if arguments else spec.template
 
 
 def kernel_source(spec: KernelSpec) -> str:
@@ -53,6 +63,7 @@ class Executable:
         self._symbols = np.zeros(max(1, len(program.symbols)), np.int64)
         self._tensors: list[Any] = [None] * len(program.values)
         self._arena = torch.empty(0, dtype=torch.uint8)
+        self._aten_seconds: dict[int, float] | None = None
         self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
         self._steps = self._build()
 
@@ -91,7 +102,8 @@ class Executable:
                 base, offset = operand.value + 1, operand.offset
             operands.append(TensorOperand(base, to_postfix(offset, self._positions)))
         ints = tuple(to_postfix(i, self._positions) for i in call.ints)
-        return NativeCall(entries[call.kernel], tuple(operands), ints, call.floats, call.sync_after)
+        label = f"llmopt::{call.origin} [{kernel_name(self.program.kernels[call.kernel])}]"
+        return NativeCall(entries[call.kernel], tuple(operands), ints, call.floats, call.sync_after, label)
 
     @property
     def native_plans(self) -> list[NativePlan]:
@@ -144,15 +156,53 @@ class Executable:
         for slot in self._fresh:
             tensors[slot] = made = _empty(program.values[slot], sizes)
             bases[slot + 1] = made.data_ptr()
+        # A profiler sees each kernel by name; without one the calls are not told apart.
+        run = self._run_in_spans if _profiling() else self._run_step
         for step in self._steps:
-            if isinstance(step, NativePlan):
-                step.run(bases, self._symbols, self.threads)
-            else:
-                self._run_aten(step, sizes)
+            run(step, sizes)
         results = self._finish(arguments, sizes)
         for slot in (*self._fresh, *(s for s in program.inputs if s is not None)):
             tensors[slot] = None
         return results
+
+    def _run_step(self, step: NativePlan | AtenCall, sizes: Mapping[str, int]) -> None:
+        if isinstance(step, NativePlan):
+            step.run(self._bases, self._symbols, self.threads)
+        elif self._aten_seconds is None:
+            self._run_aten(step, sizes)
+        else:
+            begin = time.perf_counter()
+            self._run_aten(step, sizes)
+            self._aten_seconds[id(step)] += time.perf_counter() - begin
+
+    def _run_in_spans(self, step: NativePlan | AtenCall, sizes: Mapping[str, int]) -> None:
+        if isinstance(step, NativePlan):
+            step.run_by_call(self._bases, self._symbols, self.threads, torch.profiler.record_function)
+        else:
+            with torch.profiler.record_function(f"llmopt::aten {step.op}"):
+                self._run_aten(step, sizes)
+
+    @property
+    def last_sizes(self) -> dict[str, int]:
+        """The value of each of the program's symbols in the latest call."""
+        return {symbol.name: int(self._symbols[i]) for i, symbol in enumerate(self.program.symbols)}
+
+    def profile(self, on: bool) -> None:
+        """Adds up the time of each step of the program from now on, or stops doing so; see `step_seconds`."""
+        self._aten_seconds = defaultdict(float) if on else None
+        for plan in self.native_plans:
+            plan.profile(on)
+
+    def step_seconds(self) -> list[float]:
+        """Seconds of each step of the program, in order, since `profile(True)`."""
+        found: list[float] = []
+        for step in self._steps:
+            found += (
+                step.seconds.tolist()
+                if isinstance(step, NativePlan)
+                else [(self._aten_seconds or {}).get(id(step), 0.0)]
+            )
+        return found
 
     def _run_aten(self, call: AtenCall, sizes: Mapping[str, int]) -> None:
         namespace, name, overload = call.op.split(".")

@@ -8,7 +8,8 @@ from __future__ import annotations
 import ctypes
 import functools
 import threading
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,8 @@ import torch
 from llmopt.compiler.errors import LlmoptError, ToolchainError
 
 SCRATCH_BYTES = 4 << 20  # kScratchBytes of kernels/abi.h
+
+_CALL_WORDS = 5  # int64 words of a Call of kernels/executor.cpp
 
 IntArray = np.ndarray[Any, np.dtype[np.int64]]
 
@@ -41,13 +44,17 @@ ABSENT = TensorOperand(-1)
 
 @dataclass(frozen=True)
 class NativeCall:
-    """One kernel call: the entry's name, its operands in the kernel's order, ints as postfix programs."""
+    """One kernel call: the entry's name, its operands in the kernel's order, ints as postfix programs.
+
+    label: what it computes and by which kernel, as profilers show it.
+    """
 
     entry: str
     tensors: tuple[TensorOperand, ...]
     ints: tuple[tuple[int, ...], ...]
     floats: tuple[float, ...]
     sync_after: bool = True
+    label: str = ""
 
 
 class KernelError(LlmoptError, RuntimeError):
@@ -90,6 +97,7 @@ class NativePlan:
     def __init__(self, library: Path, calls: Sequence[NativeCall]) -> None:
         self._library = ctypes.CDLL(str(library))
         self.entries = [call.entry for call in calls]
+        self.labels = [call.label or call.entry for call in calls]
         self._lock = threading.Lock()
         self._scratch = np.empty(0, np.uint8)
 
@@ -141,15 +149,44 @@ class NativePlan:
         `bases` are addresses, `symbols` sizes; int64 arrays are used as they are.
         """
         threads = threads or torch.get_num_threads()
+        with self._lock:
+            self._run(self._plan, bases, symbols, threads)
+
+    def run_by_call(
+        self,
+        bases: Sequence[int] | IntArray,
+        symbols: Sequence[int] | IntArray,
+        threads: int | None,
+        span: Callable[[str], AbstractContextManager[Any]],
+    ) -> None:
+        """As `run`, but one foreign call for each kernel call, inside `span(label)`."""
+        row = self._arrays["calls"].itemsize * _CALL_WORDS
+        with self._lock:
+            for number, label in enumerate(self.labels):
+                part = _Plan.from_buffer_copy(self._plan)
+                part.num_calls = 1
+                part.calls += number * row
+                if part.seconds:
+                    part.seconds += number * self.seconds.strides[0]
+                with span(label):
+                    self._run(part, bases, symbols, threads or torch.get_num_threads(), number)
+
+    def _run(
+        self,
+        plan: _Plan,
+        bases: Sequence[int] | IntArray,
+        symbols: Sequence[int] | IntArray,
+        threads: int,
+        first: int = 0,
+    ) -> None:
         base_array = np.ascontiguousarray(bases, np.int64)
         symbol_array = np.ascontiguousarray(symbols, np.int64)
-        with self._lock:
-            needed = SCRATCH_BYTES * threads + 64
-            if self._scratch.nbytes < needed:
-                self._scratch = np.empty(needed, np.uint8)
-            scratch = self._scratch.ctypes.data + 63 & ~63
-            plan = ctypes.addressof(self._plan)
-            status = self._entry(plan, base_array.ctypes.data, symbol_array.ctypes.data, scratch, threads, *_openmp())
+        needed = SCRATCH_BYTES * threads + 64
+        if self._scratch.nbytes < needed:
+            self._scratch = np.empty(needed, np.uint8)
+        scratch = self._scratch.ctypes.data + 63 & ~63
+        address = ctypes.addressof(plan)
+        status = self._entry(address, base_array.ctypes.data, symbol_array.ctypes.data, scratch, threads, *_openmp())
         if status:
-            call = status // 256
+            call = first + status // 256
             raise KernelError(status % 256, call, self.entries[call])

@@ -48,6 +48,8 @@ HEADERS: dict[str, str] = {
     "cumsum": "scan.h",
     "index_copy": "index_copy.h",
 }
+# Template name -> C++ text, for kernels that users have registered (`registry.py`).
+REGISTERED_SOURCES: dict[str, str] = {}
 _NUMBERS = {**FLOATS, torch.int64: "std::int64_t", torch.int32: "std::int32_t", torch.bool: "bool"}
 ARGUMENT_TOKENS = frozenset(
     {*FLOATS.values(), *_ACTIVATION.values(), "bool", "true", "false", "std::int64_t", "std::int32_t"}
@@ -477,9 +479,11 @@ def plan_template(node: Node) -> Plan | None:
 
 def source_of(spec: KernelSpec, entry: str) -> str:
     """The translation unit of a template instance."""
-    arguments = ", ".join(spec.arguments)
-    call = f"llmopt::{spec.template}<{arguments}>(args, worker);"
-    return f'#include "{HEADERS[spec.template]}"\nLLMOPT_KERNEL({entry}) {{ {call} }}\n'
+    arguments = f"<{', '.join(spec.arguments)}>" if spec.arguments else ""
+    call = f"llmopt::{spec.template}{arguments}(args, worker);"
+    registered = REGISTERED_SOURCES.get(spec.template)
+    head = f'#include "{HEADERS[spec.template]}"' if registered is None else registered
+    return f"{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
 
 
 __all__ = ["Layout", "PlannedCall", "Workspace", "plan_template", "source_of"]

@@ -25,7 +25,9 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "max_num_queued": ([0, 1, 1 << 20], [-1, 0.5, "9", None, True], "0 or more"),
     "disabled_passes": ([(), ("raise_rope",)], ["raise_rope", (1,), None, 3], "tuple of pass names"),
     "fuel": ([-1, 0, 7], [-2, 1.0, "7", None, True], "-1 or more"),
-    "verify": ([True, False], [0, 1, "yes", None], "True"),
+    "verify": ([True, False, "revert"], [0, 1, "yes", None], "True"),
+    "record_graphs": ([True, False], [0, 1, "yes", None], "True"),
+    "rewrite_log": (["", "rewrites.jsonl"], [0, None, True, ("a",)], "path"),
     "fallback": (["silent", "warn", "error"], ["ignore", "", None, True], "'warn'"),
 }
 VALID = [(name, value) for name, (good, _, _) in CASES.items() for value in good]
@@ -34,7 +36,7 @@ INVALID = [(name, value, allowed) for name, (_, bad, allowed) in CASES.items() f
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LLMOPT_DISABLE", "LLMOPT_FUEL", "LLMOPT_VERIFY"):
+    for name in ("LLMOPT_DISABLE", "LLMOPT_FUEL", "LLMOPT_VERIFY", "LLMOPT_REWRITE_LOG"):
         monkeypatch.delenv(name, raising=False)
 
 

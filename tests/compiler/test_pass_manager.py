@@ -14,7 +14,7 @@ from llmopt.compiler.graph import Rewriter, aten, graph_text, nodes_of
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import ALL_PASS_NAMES, Pass, PassContext, PassReport, run_pipeline
 from llmopt.compiler.report import GraphReport
-from llmopt.compiler.report import graph_text as report_text
+from llmopt.compiler.report_text import graph_text as report_text
 from llmopt.compiler.verify import Level
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.pipeline import BACKEND, step_pipeline
@@ -185,3 +185,92 @@ def test_every_pass_shows_before_and_after() -> None:
     for item in (*BACKEND, *step_pipeline(16)):
         text = type(item).__doc__ or ""
         assert "Before:" in text and "After:" in text, item.name
+
+
+# ---- revert mode ---------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class WrongFrom(Pass):
+    """Replaces `cos(x)` by `cos(x) * 1`, and from rewrite number `harmful` on by `sin(x)`."""
+
+    harmful: int = 0
+    name = "wrong_from_for_test"
+    produces = None
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassReport:
+        report = PassReport(self.name)
+        rewriter = Rewriter(graph)
+        for number, node in enumerate(nodes_of(graph, aten.cos.default)):
+            if not context.burn():
+                break
+            with rewriter.after(node):
+                if number < self.harmful:
+                    new = rewriter.call(aten.mul.Tensor, node, 1)
+                    node.replace_all_uses_with(new, delete_user_cb=lambda user, new=new: user is not new)
+                else:
+                    rewriter.replace(node, rewriter.call(aten.sin.default, node.args[0]))
+            report.matched += 1
+        return report
+
+
+@pytest.mark.parametrize("harmful", [0, 1, 3, 5])
+def test_revert_keeps_the_rewrites_before_the_first_harmful_one(harmful: int) -> None:
+    caught = catch(cosines, torch.randn(2, 3))
+    expected = caught.run()
+    passes = (WrongFrom(harmful), CosToSin())  # the second is wrong, too, and has nothing to keep
+    wrong, sines = run_pipeline(caught.graph, passes, Options(verify="revert"))
+    torch.testing.assert_close(caught.run(), expected)
+    assert wrong.matched == harmful and sines.matched == 0
+    assert sines.reverted is not None and "rewrite 1: cos_to_sin_for_test changed output 0" in sines.reverted
+    if harmful == 5:
+        assert wrong.reverted is None
+    else:
+        assert wrong.reverted is not None and wrong.reverted.startswith(f"rewrite {harmful + 1}: ")
+    assert wrong.max_error == 0.0 and wrong.budget == 1.0
+    assert [len(list(nodes_of(caught.graph, target))) for target in (aten.mul.Tensor, aten.sin.default)] == [harmful, 0]
+
+
+def test_without_revert_mode_the_harmful_pass_is_named() -> None:
+    with pytest.raises(VerificationError, match="wrong_from_for_test changed output 0"):
+        run_pipeline(graph_of_cosines(), (WrongFrom(2),), Options(verify=True))
+
+
+def test_a_pass_that_breaks_the_graph_is_undone_as_a_whole() -> None:
+    graph = graph_of_cosines()
+    before = graph_text(graph)
+    (report,) = run_pipeline(graph, (LosesValues(),), Options(verify="revert"))
+    assert report.reverted is not None and "loses_values_for_test" in report.reverted
+    assert graph_text(graph) == before
+    text = report_text(0, GraphReport("backend", ["x"], [report]))
+    assert "undone: after loses_values_for_test" in text
+
+
+def test_revert_mode_shares_the_fuel() -> None:
+    graph = graph_of_cosines()
+    reports = run_pipeline(graph, (WrongFrom(2), WrongFrom(9)), Options(verify="revert", fuel=4))
+    assert [report.matched for report in reports] == [2, 2]
+
+
+def test_a_required_pass_is_not_undone() -> None:
+    with pytest.raises(VerificationError, match="required_for_test"):
+        run_pipeline(graph_of_cosines(), (RequiredCosToSin(),), Options(verify="revert"))
+
+
+def test_real_passes_have_measured_errors_and_stay() -> None:
+    caught = catch(randomise(Projections()), torch.randn(3, 8))
+    reports = run_pipeline(caught.graph, BACKEND, Options(verify="revert"))
+    assert sum(report.matched for report in reports) >= 5
+    assert all(report.reverted is None and report.max_error is not None for report in reports)
+
+
+def test_graphs_are_recorded_only_on_demand() -> None:
+    for record in (False, True):
+        graph = graph_of_cosines()
+        reports = run_pipeline(graph, (CosToSin(), RequiredCosToSin()), Options(record_graphs=record, fuel=2))
+        if not record:
+            assert all(report.graph is None for report in reports)
+            continue
+        texts = [report.graph or "" for report in reports]
+        assert texts[0] == graph_text(graph, renumber=False) == texts[1]
+        assert texts[0].count("aten.sin.default") == 2 and "cos_4: f32[2, 3] = aten.cos.default(cos_3)" in texts[0]

@@ -14,8 +14,7 @@ from torch import fx
 
 from llmopt.compiler.graph import graph_text
 from llmopt.compiler.options import Options
-from llmopt.compiler.pass_manager import Pass, PassContext, PassReport, run_pipeline
-from llmopt.compiler.pass_manager import _copy as copy_graph
+from llmopt.compiler.pass_manager import Pass, PassContext, PassReport, copy_graph, run_pipeline
 from llmopt.compiler.verify import Level, check_graph, compare_graphs, sample_inputs
 from llmopt.passes.pipeline import BACKEND
 

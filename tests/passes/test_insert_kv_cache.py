@@ -15,8 +15,7 @@ from torch import Tensor, fx, nn
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import nodes_of, outputs, placeholders, tensor
 from llmopt.compiler.options import Options
-from llmopt.compiler.pass_manager import PassContext, PassReport, run_pipeline
-from llmopt.compiler.pass_manager import _copy as copy_graph
+from llmopt.compiler.pass_manager import PassContext, PassReport, copy_graph, run_pipeline
 from llmopt.compiler.step import STEP_INPUTS
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.insert_kv_cache import InsertKVCache

@@ -15,8 +15,7 @@ from torch import fx, nn
 
 from llmopt.compiler.graph import graph_text
 from llmopt.compiler.options import Options
-from llmopt.compiler.pass_manager import _copy as copy_graph
-from llmopt.compiler.pass_manager import run_pipeline
+from llmopt.compiler.pass_manager import copy_graph, run_pipeline
 from llmopt.passes.pipeline import step_pipeline
 
 MORE = ("llama-tied-rope3", "gemma2", "gemma3", "gpt-neox", "opt", "bloom", "phi3", "qwen3-moe")
