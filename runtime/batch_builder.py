@@ -26,9 +26,23 @@ class BatchBuilder:
         self.block_size, self.witness_stride = block_size, witness_stride
         self._tables = np.zeros((max_num_seqs, 16), np.int32)
 
-    def rows(self, chunk: Chunk) -> range:
-        """Which tokens of a chunk have their logits computed: every `witness_stride`-th, counted from the last."""
-        return range((chunk.length - 1) % (self.witness_stride or chunk.length), chunk.length, self.witness_stride or 1)
+    def rows(self, chunk: Chunk) -> Sequence[int]:
+        """Which tokens of a chunk have their logits computed: every `witness_stride`-th, counted from the last.
+
+        And those whose logits say how likely the next token of the prompt is, where the request asks for that.
+        """
+        stride = self.witness_stride or chunk.length
+        rows = range((chunk.length - 1) % stride, chunk.length, stride)
+        if chunk.request.wants_prompt_rows:
+            return sorted({*rows, *self.prompt_rows(chunk)})
+        return rows
+
+    @staticmethod
+    def prompt_rows(chunk: Chunk) -> range:
+        """The tokens of a chunk that stand before a token of the prompt whose log probability is not known yet."""
+        request = chunk.request
+        known, end = len(request.prompt_logprobs), min(chunk.length, request.num_prompt - 1 - chunk.start)
+        return range(max(0, known - chunk.start), end)
 
     def build(self, chunks: Sequence[Chunk]) -> StepBatch:
         """The batch of some chunks, of different requests."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import threading
-from collections import deque
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import Protocol
@@ -17,8 +16,16 @@ from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.batch_builder import BatchBuilder
 from llmopt.runtime.memory import available_memory
 from llmopt.runtime.metrics import Metrics
-from llmopt.runtime.request import Request, StopCheck
-from llmopt.runtime.sampling import Constraints, Sampled, Sampler, SamplingParams, SamplingState
+from llmopt.runtime.request import Outbox, Request, StopCheck
+from llmopt.runtime.sampling import (
+    Constraints,
+    Sampled,
+    Sampler,
+    SamplingParams,
+    SamplingState,
+    TokenChooser,
+    token_logprobs,
+)
 from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig
 from llmopt.runtime.step_program import StepProgram
 
@@ -92,8 +99,9 @@ class EngineCore:
         cache_salt: str | None = None,
         stream: int = 0,
         stop_check: StopCheck | None = None,
-        outbox: deque[Request] | None = None,
+        outbox: Outbox | None = None,
         constraints: Constraints | None = None,
+        chooser: TokenChooser | None = None,
     ) -> Request:
         """Queues a request; it runs in the steps that follow.
 
@@ -106,6 +114,7 @@ class EngineCore:
             stream: which random stream of the seed this sequence draws from.
             stop_check, outbox: see `Request`.
             constraints: what `ConstraintCompiler` made of `params`.
+            chooser: chooses the tokens in the sampler's place.
 
         Raises InputError for a request that could never be served, QueueFullError when too many wait.
         """
@@ -122,7 +131,9 @@ class EngineCore:
             stop_check=stop_check,
             outbox=outbox,
         )
-        request.sampling_state = SamplingState(params, tuple(prompt), stream, constraints=constraints)
+        request.sampling_state = SamplingState(
+            params, tuple(prompt), stream, constraints=constraints, chooser=chooser
+        )
         with self._lock:
             self.scheduler.add(request)
         return request
@@ -132,10 +143,14 @@ class EngineCore:
         parent: Request,
         *,
         stream: int,
+        constraints: Constraints | None = None,
         stop_check: StopCheck | None = None,
-        outbox: deque[Request] | None = None,
+        outbox: Outbox | None = None,
     ) -> Request:
-        """A second continuation of a request's prompt, on the same pages until one of the two writes to them."""
+        """Another continuation of a request's prompt, on the same pages until one of the two writes to them.
+
+        Where the first has ended already, its pages are found as any prefix is. Arguments and errors as `add_request`.
+        """
         prompt = parent.tokens[: parent.num_prompt]
         with self._lock:
             name = self._new_id()
@@ -150,21 +165,33 @@ class EngineCore:
             stop_check=stop_check,
             outbox=outbox,
         )
-        child.sampling_state = SamplingState(parent.params, tuple(prompt), stream)
+        child.sampling_state = SamplingState(parent.params, tuple(prompt), stream, constraints=constraints)
+        # The prompt is the same: its log probabilities are the first one's.
+        child.prompt_logprobs = parent.prompt_logprobs
         with self._lock:
-            self.scheduler.fork(parent.request_id, child)
+            if self.scheduler.requests.get(parent.request_id) is parent:
+                self.scheduler.fork(parent.request_id, child)
+            else:
+                self.scheduler.add(child)
         return child
 
-    def abort(self, request_id: str) -> bool:
-        """Ends a request, whatever it is doing; whether there was one."""
+    def abort(self, which: str | Request) -> bool:
+        """Ends a request, given itself or its id, whatever it is doing; whether it was still going on."""
         with self._lock:
-            request = self.scheduler.requests.get(request_id)
-            if request is None:
+            name = which if isinstance(which, str) else which.request_id
+            request = self.scheduler.requests.get(name)
+            if request is None or (request is not which and not isinstance(which, str)):
                 return False
-            self.scheduler.abort(request_id)
-        if request.outbox is not None:
-            request.outbox.append(request)
+            self.scheduler.abort(name)
+            _publish(request)
         return True
+
+    def fail_all(self, error: Exception) -> None:
+        """Ends every request with an error: for when the engine itself went wrong, so that nobody waits for ever."""
+        with self._lock:
+            for request in list(self.scheduler.requests.values()):
+                self.scheduler.fail(request, error)
+                _publish(request)
 
     @property
     def has_unfinished(self) -> bool:
@@ -219,8 +246,7 @@ class EngineCore:
             results = self._choose(plan.chunks, logits)
         changed = self.scheduler.commit(plan, results)
         for request in changed:
-            if request.outbox is not None:
-                request.outbox.append(request)
+            _publish(request)
         return changed
 
     def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
@@ -238,7 +264,9 @@ class EngineCore:
         results: list[int | Exception | None] = [None] * len(chunks)
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
         if len(logits) != len(sampling):
+            every = logits
             logits = self._check_witnesses(chunks, logits, results)
+            self._keep_prompt_logprobs(chunks, every, results)
             # A sequence that failed must not draw from its random stream nor accept a token.
             kept = [row for row, i in enumerate(sampling) if results[i] is None]
             if len(kept) != len(sampling):
@@ -273,8 +301,31 @@ class EngineCore:
                 last.append(end - 1)
         return logits[last]
 
+    def _keep_prompt_logprobs(
+        self, chunks: Sequence[Chunk], logits: torch.Tensor, results: Sequence[int | Exception | None]
+    ) -> None:
+        """Notes how likely the prompts' tokens are, for the chunks that were asked for that and have not failed."""
+        begin = 0
+        for chunk, result in zip(chunks, results, strict=True):
+            request, rows = chunk.request, self._builder.rows(chunk)
+            if request.wants_prompt_rows and result is None and (wanted := self._builder.prompt_rows(chunk)):
+                place = begin + rows.index(wanted[0])
+                first = chunk.start + wanted[0] + 1
+                tokens = request.tokens[first : first + len(wanted)]
+                count = request.params.prompt_logprobs or 0
+                found = token_logprobs(logits[place : place + len(wanted), : self.vocab_size], tokens, count)
+                request.prompt_logprobs.extend(found)
+            begin += len(rows)
+
     def _new_id(self) -> str:
         return next(name for name in self._ids if name not in self.scheduler.requests)
+
+
+def _publish(request: Request) -> None:
+    """Lets others see what the request has now."""
+    request.published = len(request.tokens), request.finish_reason is not None
+    if request.outbox is not None:
+        request.outbox.append(request)
 
 
 def _failure(error: Exception) -> RequestError:

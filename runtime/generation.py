@@ -1,36 +1,214 @@
-"""Runs a list of prompts on an engine that others may be using as well."""
+"""Prompts on an engine that others may be using as well: each with all its continuations, and what became of them."""
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from llmopt.compiler.errors import QueueFullError
+from llmopt.runtime.detokenizer import Detokenizer
 from llmopt.runtime.engine_core import EngineCore
-from llmopt.runtime.request import Request, Status, StopCheck
-from llmopt.runtime.sampling import SamplingParams
+from llmopt.runtime.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
+from llmopt.runtime.request import Outbox, Request, StopCheck
+from llmopt.runtime.sampling import Constraints, SamplingParams, TokenChooser
+from llmopt.runtime.text import TextCodec
 
 
 @dataclass(frozen=True)
 class Job:
-    """A prompt, as `EngineCore.add_request` takes it."""
+    """A prompt and what to do with it.
+
+    prompt: token ids.
+    params: how to continue it, in `params.num_sequences` ways.
+    text: what `prompt` was made of.
+    codec: makes text of the tokens; None leaves them what they are.
+    constraints: what `ConstraintCompiler` made of `params`.
+    stop_check, chooser: of requests without a codec; see `Request` and `SamplingState`.
+    request_id, priority, cache_salt: as `EngineCore.add_request` takes them.
+    """
 
     prompt: Sequence[int]
     params: SamplingParams
+    text: str | None = None
+    codec: TextCodec | None = None
+    constraints: Constraints | None = None
     stop_check: StopCheck | None = None
+    chooser: TokenChooser | None = None
+    request_id: str | None = None
     priority: int = 0
     cache_salt: str | None = None
 
 
+@dataclass(eq=False)
+class SequenceState:
+    """One continuation: its request, its text, and how much of it has been looked at."""
+
+    index: int
+    request: Request
+    detokenizer: Detokenizer | None
+    num_given: int = 0
+    shown: str = ""
+    logprobs: list[PositionLogprobs] = field(default_factory=list)
+
+
+class SequenceGroup:
+    """A job on an engine. The first continuation is a request; the others fork from it once its prompt is computed.
+
+    Raises InputError, before any work, for a job that could never be served.
+    """
+
+    def __init__(self, core: EngineCore, job: Job) -> None:
+        core.check(job.prompt, job.params, priority=job.priority, cache_salt=job.cache_salt)
+        self.job, self._core = job, core
+        self.sequences: list[SequenceState] = []
+        self._outbox: Outbox | None = None
+        self._prompt_logprobs: list[PositionLogprobs | None] = [None]
+
+    def start(self, outbox: Outbox) -> Request:
+        """Queues the first request; raises QueueFullError."""
+        self._outbox, job = outbox, self.job
+        detokenizer = self._new_detokenizer()
+        request = self._core.add_request(
+            job.prompt,
+            job.params,
+            request_id=job.request_id,
+            priority=job.priority,
+            cache_salt=job.cache_salt,
+            constraints=job.constraints,
+            stop_check=self._stop_check(detokenizer),
+            chooser=job.chooser,
+            outbox=outbox,
+        )
+        self.sequences.append(SequenceState(0, request, detokenizer))
+        return request
+
+    def grow(self) -> None:
+        """Adds the other continuations when the time has come, as far as the queue has room."""
+        if self.is_complete:
+            return
+        first = self.sequences[0].request
+        while not self.is_complete and first.num_generated and self._core.has_room:
+            number, detokenizer = len(self.sequences), self._new_detokenizer()
+            try:
+                child = self._core.fork(
+                    first,
+                    stream=number,
+                    constraints=self.job.constraints,
+                    stop_check=self._stop_check(detokenizer),
+                    outbox=self._outbox,
+                )
+            except QueueFullError:  # another thread took the room
+                return
+            self.sequences.append(SequenceState(number, child, detokenizer))
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether no continuation is still to be added: where the first one fails or is aborted, no other begins."""
+        if not self.sequences:
+            return False
+        first = self.sequences[0].request
+        gone = first.published[1] and first.finish_reason in ("error", "abort")
+        return gone or len(self.sequences) >= self.job.params.num_sequences
+
+    @property
+    def is_finished(self) -> bool:
+        """Whether nothing more will come."""
+        return self.is_complete and all(sequence.request.published[1] for sequence in self.sequences)
+
+    def abort(self) -> None:
+        """Ends what has not ended."""
+        for sequence in self.sequences:
+            if not sequence.request.published[1]:
+                self._core.abort(sequence.request)
+
+    @property
+    def error(self) -> Exception | None:
+        """What the first continuation that failed failed of."""
+        return next((s.request.error for s in self.sequences if s.request.error is not None), None)
+
+    def output(self) -> RequestOutput:
+        """Everything that is known now; of more than `params.n` continuations the likeliest."""
+        finished, first = self.is_finished, self.sequences[0].request
+        wanted, params = self.sequences, self.job.params
+        completions = [self._completion(sequence) for sequence in wanted]
+        if len(completions) > params.n:
+            completions.sort(key=lambda c: (c.error is not None, -(c.cumulative_logprob or 0.0)))
+            completions = [
+                CompletionOutput(**{**vars(each), "index": i}) for i, each in enumerate(completions[: params.n])
+            ]
+        return RequestOutput(
+            first.request_id,
+            self.job.text,
+            tuple(self.job.prompt),
+            tuple(completions),
+            finished,
+            self._logprobs_of_prompt(first) if params.prompt_logprobs is not None else None,
+            min(first.num_hit, len(self.job.prompt)),
+        )
+
+    def _completion(self, sequence: SequenceState) -> CompletionOutput:
+        request, params, detokenizer = sequence.request, self.job.params, sequence.detokenizer
+        length, ended = request.published
+        count = max(0, length - request.num_prompt)
+        tokens = tuple(request.tokens[request.num_prompt : request.num_prompt + count])
+        if detokenizer is not None:
+            sequence.shown += detokenizer.take(request, count, ended)
+        stop_reason: int | str | None = None
+        if ended and request.finish_reason == "stop":
+            stop_reason = detokenizer.stopped_by if detokenizer else None
+            if stop_reason is None and tokens and tokens[-1] in params.stop_token_ids:
+                stop_reason = tokens[-1]
+        scored = request.logprobs[:count]
+        if params.logprobs is not None:
+            for _, top in scored[len(sequence.logprobs) :]:
+                sequence.logprobs.append(self._position(top or {}, params.logprobs))
+        return CompletionOutput(
+            sequence.index,
+            sequence.shown,
+            tokens,
+            sum(value for value, _ in scored) if request.wants_logprob else None,
+            tuple(sequence.logprobs) if params.logprobs is not None else None,
+            request.finish_reason if ended else None,
+            stop_reason,
+            None if request.error is None or not ended else str(request.error),
+        )
+
+    def _logprobs_of_prompt(self, request: Request) -> tuple[PositionLogprobs | None, ...]:
+        done, count = self._prompt_logprobs, self.job.params.prompt_logprobs or 0
+        for entry in request.prompt_logprobs[len(done) - 1 :]:
+            done.append(self._position(entry.top_logprobs, count))
+        return tuple(done)
+
+    def _position(self, top: dict[int, float], count: int) -> PositionLogprobs:
+        """Likeliest first; the token that stands there comes after `count` of them, or is one of them."""
+        codec = self.job.codec
+        return {
+            token: Logprob(value, rank if rank <= count else None, codec.decode([token], False) if codec else None)
+            for rank, (token, value) in enumerate(top.items(), 1)
+        }
+
+    def _new_detokenizer(self) -> Detokenizer | None:
+        job = self.job
+        return Detokenizer(job.codec, job.params, list(job.prompt)) if job.codec and job.params.detokenize else None
+
+    def _stop_check(self, detokenizer: Detokenizer | None) -> StopCheck | None:
+        return detokenizer.stop_check if detokenizer is not None and self.job.params.stop else self.job.stop_check
+
+
 @dataclass(frozen=True)
 class Update:
-    """News of job `index`: its next token, None if it failed; `is_last` when nothing follows."""
+    """News of continuation `sequence` of job `index`: its next token, None if it failed.
+
+    `is_last` when nothing follows; `text` is what became certain.
+    """
 
     index: int
     request: Request
     token: int | None
     is_last: bool
+    sequence: int = 0
+    text: str = ""
 
 
 def run_jobs(core: EngineCore, jobs: Sequence[Job]) -> Generator[Update, None, None]:
@@ -40,51 +218,59 @@ def run_jobs(core: EngineCore, jobs: Sequence[Job]) -> Generator[Update, None, N
     engine's queue has room. Closing the iterator aborts what has not finished. Another caller may take steps of the
     same engine in between; nothing is lost.
     """
-    for job in jobs:
-        core.check(job.prompt, job.params, priority=job.priority, cache_salt=job.cache_salt)
-    return _run(core, jobs)
+    return run_groups(core, [SequenceGroup(core, job) for job in jobs])
 
 
-def _run(core: EngineCore, jobs: Sequence[Job]) -> Generator[Update, None, None]:
-    pending = deque(enumerate(jobs))
+def run_groups(core: EngineCore, groups: Sequence[SequenceGroup]) -> Generator[Update, None, None]:
+    """As `run_jobs`, over groups that have not been started; each `output` is complete at the end."""
+    pending = deque(enumerate(groups))
     outbox: deque[Request] = deque()
-    # What has not finished: which job it is, and how many of its tokens have been given out.
-    live: dict[Request, tuple[int, int]] = {}
+    live: dict[Request, tuple[int, SequenceState]] = {}
+    # Groups that have not got all their continuations.
+    growing: dict[int, SequenceGroup] = {}
     try:
-        while pending or live:
+        while pending or live or growing:
             while pending and core.has_room:
-                index, job = pending.popleft()
+                index, group = pending.popleft()
                 try:
-                    request = core.add_request(
-                        job.prompt,
-                        job.params,
-                        priority=job.priority,
-                        cache_salt=job.cache_salt,
-                        stop_check=job.stop_check,
-                        outbox=outbox,
-                    )
+                    request = group.start(outbox)
                 except QueueFullError:  # another thread took the room
-                    pending.appendleft((index, job))
+                    pending.appendleft((index, group))
                     break
-                live[request] = index, request.num_prompt
+                live[request] = index, group.sequences[0]
+                growing[index] = group
+            for index, group in list(growing.items()):
+                known = len(group.sequences)
+                group.grow()
+                live.update((sequence.request, (index, sequence)) for sequence in group.sequences[known:])
+                if group.is_complete:
+                    del growing[index]
             if not outbox:
                 core.step()
             while outbox:
                 request = outbox.popleft()
                 if request not in live:  # an earlier turn has given everything out already
                     continue
-                index, given = live[request]
-                # In this order: another thread may be adding the last token just now.
-                ended = request.status is Status.FINISHED
-                tokens: list[int | None] = [*request.tokens[given:]]
+                index, sequence = live[request]
+                length, ended = request.published
                 if ended:
                     del live[request]
-                    if request.error is not None or not tokens:
-                        tokens.append(None)
-                else:
-                    live[request] = index, given + len(tokens)
-                for i, token in enumerate(tokens, 1):
-                    yield Update(index, request, token, ended and i == len(tokens))
+                yield from _updates(index, sequence, length - request.num_prompt, ended)
     finally:
-        for request in list(live):
-            core.abort(request.request_id)
+        for group in groups:
+            group.abort()
+
+
+def _updates(index: int, sequence: SequenceState, count: int, ended: bool) -> Generator[Update, None, None]:
+    request, begin = sequence.request, sequence.num_given
+    tokens: list[int | None] = [*request.tokens[request.num_prompt + begin : request.num_prompt + count]]
+    sequence.num_given = count
+    if ended and (request.error is not None or not tokens):
+        tokens.append(None)
+    for number, token in enumerate(tokens, 1):
+        last = ended and number == len(tokens)
+        text = ""
+        if sequence.detokenizer is not None:
+            text = sequence.detokenizer.take(request, min(begin + number, count), last)
+            sequence.shown += text
+        yield Update(index, request, token, last, sequence.index, text)

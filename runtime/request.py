@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import enum
-from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any, TypeAlias
+from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
-    from llmopt.runtime.sampling import SamplingParams
+    from llmopt.runtime.sampling import SamplingParams, TokenLogprobs
 
 # Stands in a request's list of blocks for a page that no layer looks at any more.
 NO_BLOCK = -1
@@ -36,6 +35,8 @@ class Request:
         adapter: name of what changes the model for this request; part of the cache key as well.
         stop_check: called after each new token but one that ends the request; True ends it with reason "stop".
         outbox: where the engine puts the request whenever it has a new token or has ended.
+        published: how many tokens it had when it was last put there, and whether it had ended; one tuple, so that a
+            thread that takes no steps never sees the one without the other.
         finish_reason: "stop", "length", "abort" or "error" once it has ended; `error` says what went wrong.
         num_computed: how many leading tokens have keys and values in `blocks`.
         num_hit: how many of these were found in the cache when the request was first admitted.
@@ -50,7 +51,8 @@ class Request:
     cache_salt: str | None = None
     adapter: str | None = None
     stop_check: StopCheck | None = None
-    outbox: deque[Request] | None = None
+    outbox: Outbox | None = None
+    published: tuple[int, bool] = (0, False)
     status: Status = Status.WAITING
     finish_reason: str | None = None
     error: Exception | None = None
@@ -73,6 +75,8 @@ class Request:
     num_passed: int = 0
     # Of each generated token, where asked for: its log probability and those of the likeliest tokens.
     logprobs: list[tuple[float, dict[int, float] | None]] = field(default_factory=list)
+    # Of each prompt token but the first, as far as computed, where asked for.
+    prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     # What the sampler keeps for the sequence.
     sampling_state: Any = None
 
@@ -92,9 +96,26 @@ class Request:
         return self.priority, self.arrival
 
     @property
+    def wants_logprob(self) -> bool:
+        """Whether log probabilities of the generated tokens are kept."""
+        return self.params.logprobs is not None or self.params.num_sequences > self.params.n
+
+    @property
+    def wants_prompt_rows(self) -> bool:
+        """Whether logits of its prompt's tokens are still asked for, to give their log probabilities."""
+        return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    @property
     def held(self) -> list[int]:
         """The blocks that it really holds."""
         return self.blocks[self.num_passed :]
+
+
+class Outbox(Protocol):
+    """Takes requests that have news; a deque will do."""
+
+    def append(self, request: Request, /) -> None:
+        """Called in the thread that takes the step."""
 
 
 StopCheck: TypeAlias = Callable[[Request], bool]

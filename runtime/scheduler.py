@@ -23,6 +23,10 @@ from llmopt.runtime.prefix_cache import PrefixCache
 from llmopt.runtime.request import NO_BLOCK, Request, Status
 
 
+# Rows of logits of one step that are computed for log probabilities of prompts: each is as wide as the vocabulary.
+MAX_PROMPT_ROWS = 256
+
+
 @dataclass(frozen=True)
 class SchedulerConfig:
     """Limits of a scheduler.
@@ -188,8 +192,9 @@ class Scheduler:
         for request in order:
             if budget <= 0:
                 break
-            if request.status is Status.RUNNING and self._make_room(request, budget):
-                budget -= self._plan_chunk(request, budget)
+            share = self._share(request, budget)
+            if share and request.status is Status.RUNNING and self._make_room(request, share):
+                budget -= self._plan_chunk(request, share)
             if preempted != self.counters.num_preemptions:  # which may have taken requests out of the plan
                 preempted, budget = self.counters.num_preemptions, self._budget()
         if preempted == before or not self.running:
@@ -215,7 +220,7 @@ class Scheduler:
                 changed.append(request)
                 continue
             request.num_computed += chunk.length
-            if self.config.enable_prefix_caching and request.cacheable:
+            if self._caches and request.cacheable:
                 self.prefixes.file(request)
             if self.config.window:
                 self._give_back_passed(request)
@@ -290,6 +295,17 @@ class Scheduler:
     def _budget(self) -> int:
         return self.config.max_num_batched_tokens - sum(chunk.length for chunk in self._planned.values())
 
+    @property
+    def _caches(self) -> bool:
+        return self.config.enable_prefix_caching
+
+    def _share(self, request: Request, budget: int) -> int:
+        """How many of `budget` tokens the request may take."""
+        if not request.wants_prompt_rows:
+            return budget
+        taken = sum(chunk.length for other, chunk in self._planned.items() if other.wants_prompt_rows)
+        return min(budget, MAX_PROMPT_ROWS - taken)
+
     def _plan_chunk(self, request: Request, budget: int) -> int:
         left = len(request.tokens) - request.num_computed
         count = min(left, budget)
@@ -300,9 +316,13 @@ class Scheduler:
         """Starts waiting requests in the order of their rank, as long as the first of them fits."""
         while self._waiting and (budget := self._budget()) > 0:
             request = self._waiting[0]
+            share = self._share(request, budget)
+            if not share:
+                break
             if not self._seats and not self._displace(request, 0):
                 break
-            hit = self.prefixes.find(request) if self.config.enable_prefix_caching else []
+            # Tokens whose pages are found are not computed, so there would be no logits of them.
+            hit = self.prefixes.find(request) if self._caches and not request.wants_prompt_rows else []
             held = [block for block in hit if block != NO_BLOCK]
             idle = sum(self.pool.count(block) == 0 for block in held)
             # Others may grow: room for what they know already, and for one more page each.
@@ -317,13 +337,13 @@ class Scheduler:
             if request.num_preempted == 0:
                 request.num_hit = len(hit) * self.pool.block_size
                 self.counters.prompt_tokens += request.num_prompt
-                self.counters.prefix_cache_queries += request.num_prompt if self.config.enable_prefix_caching else 0
+                self.counters.prefix_cache_queries += request.num_prompt if self._caches else 0
                 self.counters.prefix_cache_hits += request.num_hit
             self._start(request, hit, len(hit) * self.pool.block_size)
             request.num_filed = len(hit)
-            if not self._make_room(request, budget):
+            if not self._make_room(request, share):
                 break
-            self._plan_chunk(request, budget)
+            self._plan_chunk(request, share)
 
     def _displace(self, request: Request, short: int) -> bool:
         """Preempts requests of lower priority, the worst first, if that gives `request` a seat and `short` pages."""
