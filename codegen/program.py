@@ -114,6 +114,7 @@ class Program:
     results: what the call returns: a View, a Size, or a constant that stands for itself.
     mutations: (argument, view of its new value) for arguments that the caller's code writes to.
     arena_bytes: size of the memory that a call needs besides its results.
+    batch_invariant: whether kernels are compiled so that a row's result has, to the bit, nothing to do with other rows.
     """
 
     symbols: list[SymbolSource]
@@ -125,6 +126,7 @@ class Program:
     results: list[Any]
     mutations: list[tuple[int, View]] = field(default_factory=list)
     arena_bytes: Index = 0
+    batch_invariant: bool = False
 
     @property
     def fallbacks(self) -> list[AtenCall]:

@@ -49,9 +49,9 @@ def backend_pipeline() -> tuple[Pass, ...]:
     return with_registered(BACKEND)
 
 
-def step_pipeline(block_size: int) -> tuple[Pass, ...]:
+def step_pipeline(block_size: int, kv_dtype: str = "auto") -> tuple[Pass, ...]:
     """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens."""
-    return with_registered((*RAISING, InsertKVCache(block_size=block_size), *FUSING))
+    return with_registered((*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), *FUSING))
 
 
 pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16))

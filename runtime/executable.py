@@ -38,11 +38,11 @@ def kernel_name(spec: KernelSpec) -> str:
     return f"{spec.template}<{arguments}>" if arguments else spec.template
 
 
-def kernel_source(spec: KernelSpec) -> str:
-    """The translation unit of a kernel."""
+def kernel_source(spec: KernelSpec, batch_invariant: bool = False) -> str:
+    """The translation unit of a kernel; see `Program.batch_invariant`."""
     if spec.loop is not None:
         return print_kernel(spec.loop, kernel_entry(spec))
-    return source_of(spec, kernel_entry(spec))
+    return source_of(spec, kernel_entry(spec), batch_invariant)
 
 
 class Executable:
@@ -70,7 +70,8 @@ class Executable:
     def _build(self) -> list[NativePlan | AtenCall]:
         """Neighbouring kernel calls become one native call."""
         program = self.program
-        library = build_library([kernel_source(spec) for spec in program.kernels]) if program.kernels else None
+        sources = [kernel_source(spec, program.batch_invariant) for spec in program.kernels]
+        library = build_library(sources) if sources else None
         entries = [kernel_entry(spec) for spec in program.kernels]
         steps: list[NativePlan | AtenCall] = []
         pending: list[NativeCall] = []

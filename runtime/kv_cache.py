@@ -11,15 +11,15 @@ from llmopt.runtime.block_pool import BlockPool
 
 
 def make_tensors(specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> list[torch.Tensor]:
-    """Per layer a key and a value tensor `[num_blocks, kv_heads, block_size, head_size]`.
+    """Per layer a key and a value tensor `[num_blocks, kv_heads, block_size, row]`, `row` as `CacheSpec` has it.
 
     Not initialised: nothing is read that was not written, and the memory of pages that were never used is never
     touched, so that a large pool costs no more than what was in use at once.
     """
     return [
-        torch.empty((num_blocks, spec.kv_heads, block_size, width), dtype=spec.dtype)
+        torch.empty((num_blocks, spec.kv_heads, block_size, width), dtype=spec.storage_dtype)
         for spec in specs
-        for width in (spec.key_size, spec.value_size)
+        for width in spec.row_sizes
     ]
 
 

@@ -51,11 +51,14 @@ HEADERS: dict[str, str] = {
 # Template name -> C++ text, for kernels that users have registered (`registry.py`).
 REGISTERED_SOURCES: dict[str, str] = {}
 _NUMBERS = {**FLOATS, torch.int64: "std::int64_t", torch.int32: "std::int32_t", torch.bool: "bool"}
+# Formats of a quantized KV cache: kernels/kv_formats.h.
+KV_FORMATS = {"int8": "llmopt::i8", "fp8": "llmopt::f8e4m3", "int4": "llmopt::i4"}
 ARGUMENT_TOKENS = frozenset(
-    {*FLOATS.values(), *_ACTIVATION.values(), "bool", "true", "false", "std::int64_t", "std::int32_t"}
+    {*FLOATS.values(), *_ACTIVATION.values(), *KV_FORMATS.values()}
+    | {"bool", "true", "false", "std::int64_t", "std::int32_t"}
 )
 
-MAX_HEAD_SIZE = 576  # kMaxHeadDim of kernels/attention.h
+MAX_HEAD_SIZE = 576  # kMaxHeadDim of kernels/kv_formats.h
 
 
 @dataclass(frozen=True)
@@ -255,30 +258,35 @@ def _per_head(values: Node | None) -> bool:
 
 def plan_paged_attention(node: Node) -> Plan:
     """llmopt::paged_attention: the cache is written, then read."""
-    q, k, v, k_cache, v_cache, slots, tables, starts, lengths, scale, softcap, window, slopes, sinks = node.args
+    q, k, v, k_cache, v_cache, slots, tables, starts, lengths, scale, softcap, window, slopes, sinks = node.args[:14]
+    kv_dtype = node.args[14] if len(node.args) > 14 else "auto"
     dtype = _float(q)
-    if dtype is None or any(tensor(t).dtype != tensor(q).dtype for t in (k, v, k_cache, v_cache)):
-        return "queries, keys, values and cache differ in dtype"
+    stored = tensor(q).dtype if kv_dtype == "auto" else torch.uint8
+    if dtype is None or any(tensor(t).dtype != tensor(q).dtype for t in (k, v)):
+        return "queries, keys and values differ in dtype"
+    if any(tensor(t).dtype != stored for t in (k_cache, v_cache)):
+        return f"the cache is not {stored}"
     if not _per_head(slopes) or not _per_head(sinks):
         return "slopes or sinks are not contiguous float32"
     places = [p for p in map(_tokens_heads, (q, k, v, node)) if not isinstance(p, str)]
     if len(places) < 4:
         return "tokens are not evenly spaced"
     (tokens, *q_strides), (_, *k_strides), (_, *v_strides), (_, *out_strides) = places
-    blocks, groups, block_size, size = (to_expr(s) for s in tensor(k_cache).shape)
-    value_size, heads = to_expr(tensor(v_cache).shape[3]), to_expr(tensor(q).shape[-2])
+    blocks, groups, block_size = (to_expr(s) for s in tensor(k_cache).shape[:3])
+    size, value_size, heads = (to_expr(s) for s in (tensor(k).shape[-1], tensor(v).shape[-1], tensor(q).shape[-2]))
     if size > MAX_HEAD_SIZE or value_size > MAX_HEAD_SIZE:
         return f"heads larger than {MAX_HEAD_SIZE}"
     sequences, width = (to_expr(s) for s in tensor(tables).shape)
+    arguments = (dtype,) if kv_dtype == "auto" else (dtype, KV_FORMATS[kv_dtype])
     write = PlannedCall(
-        KernelSpec("kv_write", (dtype,)),
+        KernelSpec("kv_write", arguments),
         (k, v, slots, k_cache, v_cache),
         (tokens, groups, size, value_size, block_size, blocks, *k_strides, *v_strides),
         (),
         (k_cache, v_cache),
     )
     read = PlannedCall(
-        KernelSpec("attention", (dtype,)),
+        KernelSpec("attention", arguments),
         (q, k_cache, v_cache, tables, starts, lengths, node, slopes, sinks),
         (
             *(sequences, heads, groups, size, value_size, block_size, width),
@@ -477,13 +485,18 @@ def plan_template(node: Node) -> Plan | None:
     return planner(node) if planner is not None else None
 
 
-def source_of(spec: KernelSpec, entry: str) -> str:
-    """The translation unit of a template instance."""
+# Templates that choose an algorithm by the number of rows; kernels/invariance.h.
+_CHOOSE_BY_ROWS = frozenset({"linear", "batched_linear", "moe", "attention", "attention_contiguous"})
+
+
+def source_of(spec: KernelSpec, entry: str, batch_invariant: bool = False) -> str:
+    """The translation unit of a template instance; `batch_invariant`: one algorithm for any number of rows."""
+    define = "#define LLMOPT_BATCH_INVARIANT 1\n" if batch_invariant and spec.template in _CHOOSE_BY_ROWS else ""
     arguments = f"<{', '.join(spec.arguments)}>" if spec.arguments else ""
     call = f"llmopt::{spec.template}{arguments}(args, worker);"
     registered = REGISTERED_SOURCES.get(spec.template)
     head = f'#include "{HEADERS[spec.template]}"' if registered is None else registered
-    return f"{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
+    return f"{define}{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
 
 
 __all__ = ["Layout", "PlannedCall", "Workspace", "plan_template", "source_of"]
