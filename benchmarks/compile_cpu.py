@@ -122,17 +122,29 @@ def print_first_call(part: str, result: dict[str, Any]) -> None:
 
 
 def plot(parts: dict[str, Any], path: Path) -> bool:
-    """Throughput relative to Inductor, and the first calls; False (and no file) where matplotlib is not installed."""
+    """A panel of throughputs and one of first calls; False (and no file) where matplotlib is not installed."""
     try:
         from matplotlib.figure import Figure
     except ImportError:
         return False
-    figure = Figure(figsize=(12, 4), layout="constrained")
-    left, right = figure.subplots(1, 2, width_ratios=(3, 2))
+    encoders = {name: part for name, part in parts.items() if "median" in part}
+    calls = {name: part for name, part in parts.items() if "first_call" in part}
+    panels = [draw for draw, data in ((_throughputs, encoders), (_first_calls, calls)) if data]
+    figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
+    for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
+        draw(axes, encoders if draw is _throughputs else calls)
+        axes.tick_params(axis="x", labelsize=7)
+        axes.legend(fontsize=7)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path)
+    return True
+
+
+def _throughputs(axes: Any, parts: dict[str, Any]) -> None:
+    """Samples per second as multiples of Inductor's."""
     groups = [
         (f"{name.replace('bfloat16', 'bf16').replace('float32', 'fp32')}\n{phase}", part["median"], phase)
         for name, part in parts.items()
-        if "median" in part
         for phase in next(iter(part["median"].values()))
     ]
     names = [n for n in BACKENDS if any(median.get(n, {}).get(phase) for _, median, phase in groups)]
@@ -142,29 +154,27 @@ def plot(parts: dict[str, Any], path: Path) -> bool:
         for _, median, phase in groups:
             own, base = median.get(name, {}).get(phase), median.get("inductor", {}).get(phase)
             heights.append(own / base if own and base else 0.0)
-        left.bar([i + place * width for i in range(len(groups))], heights, width, label=name)
-    left.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], [label for label, *_ in groups], fontsize=7)
-    left.axhline(1.0, color="gray", linewidth=0.5)
-    left.set_title("samples per second, Inductor = 1")
-    left.legend(fontsize=7)
+        axes.bar([i + place * width for i in range(len(groups))], heights, width, label=name)
+    axes.set_xticks([i + 0.4 - width / 2 for i in range(len(groups))], [label for label, *_ in groups])
+    axes.axhline(1.0, color="gray", linewidth=0.5)
+    axes.set_title("samples per second, Inductor = 1")
+
+
+def _first_calls(axes: Any, parts: dict[str, Any]) -> None:
+    """Seconds of the first call of each compiler, Dynamo's own apart."""
     labels, tracing, rest = [], [], []
     for part in parts.values():
-        for peer, states in part.get("first_call", {}).items():
+        for peer, states in part["first_call"].items():
             for state, samples in states.items():
                 found = best(samples)
                 if found is not None and peer != "eager":
                     labels.append(f"{peer}\n{state}")
                     tracing.append(found["dynamo_s"])
                     rest.append(found["first_call_s"] - found["dynamo_s"])
-    right.bar(labels, tracing, label="Dynamo")
-    bars = right.bar(labels, rest, bottom=tracing, label="everything else")
-    right.bar_label(bars, [f"{a + b:.1f}" for a, b in zip(tracing, rest, strict=True)])
-    right.set_title("first call, seconds (Llama-3.2-1B shape, bf16)")
-    right.tick_params(labelsize=7)
-    right.legend(fontsize=7)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path)
-    return True
+    axes.bar(labels, tracing, label="Dynamo")
+    bars = axes.bar(labels, rest, bottom=tracing, label="everything else")
+    axes.bar_label(bars, [f"{a + b:.1f}" for a, b in zip(tracing, rest, strict=True)])
+    axes.set_title(f"first call, seconds ({', '.join(parts)})")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
