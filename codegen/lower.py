@@ -144,7 +144,7 @@ class _Lowering:
     def _units(self) -> list[_Unit]:
         units = []
         for node, calls in self.selection.templates.items():
-            unit = _Unit([node], calls=calls)
+            unit = _Unit([*(n for call in calls for n in call.absorbs), node], calls=calls)
             for call in calls:
                 unit.writes |= {view_base(n) for n in call.writes}
                 used = {view_base(n) for n in call.tensors if isinstance(n, Node)}
@@ -288,13 +288,14 @@ class _Lowering:
             origin = " ".join(dict.fromkeys(_short(n) for n in group.nodes if not is_view(n)))
             kernel = self._kernel(KernelSpec("loop", (), group.kernel))
             yield self._step(KernelCall(kernel, tensors, ints, (), True, origin), group.outputs)
+        name = " ".join(dict.fromkeys(map(_short, unit.nodes)))
         for call in unit.calls:
             operands = tuple(
                 None if t is None else Operand(workspaces[call]) if isinstance(t, Workspace) else self._operand(t)
                 for t in call.tensors
             )
             ints = tuple(self.index(i) for i in call.ints)
-            native = KernelCall(self._kernel(call.kernel), operands, ints, call.floats, True, _short(unit.nodes[0]))
+            native = KernelCall(self._kernel(call.kernel), operands, ints, call.floats, True, name)
             yield self._step(native, call.writes)
 
     def _step(self, call: KernelCall, written: Sequence[Node]) -> _Step:

@@ -14,7 +14,7 @@ import torch
 from llmopt.codegen.cpu.native import ABSENT, NativeCall, NativePlan, TensorOperand
 from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
-from llmopt.codegen.index import add, evaluate, to_postfix
+from llmopt.codegen.index import Index, add, evaluate, to_postfix
 from llmopt.codegen.loops.print_cpp import print_kernel
 from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, Value, View
 from llmopt.compiler.errors import InputError
@@ -25,6 +25,8 @@ _profiling = torch._C._autograd._profiler_enabled
 
 # Base 0 of a native call is the arena; value i has base i + 1.
 _ARENA = 0
+# Sets of sizes whose numbers are kept. A decode step has the same ones for a page of tokens or longer.
+_MAX_SIZES = 256
 
 
 def kernel_entry(spec: KernelSpec) -> str:
@@ -45,6 +47,26 @@ def kernel_source(spec: KernelSpec, batch_invariant: bool = False) -> str:
     return source_of(spec, kernel_entry(spec), batch_invariant)
 
 
+class _Sizes(dict[str, int]):
+    """The value of each symbol in a call, and of every index expression that was asked for at these sizes.
+
+    Expressions are known by identity: they belong to the program, which outlives this.
+    """
+
+    def __init__(self, values: Mapping[str, int]) -> None:
+        super().__init__(values)
+        self._known: dict[int, int] = {}
+
+    def at(self, index: Index) -> int:
+        """The value of `index`."""
+        if isinstance(index, int):
+            return index
+        known = self._known.get(id(index))
+        if known is None:
+            known = self._known[id(index)] = evaluate(index, self)
+        return known
+
+
 class Executable:
     """A Program made runnable on this machine. One call at a time; results are fresh tensors.
 
@@ -61,6 +83,7 @@ class Executable:
         self._bases = np.zeros(len(program.values) + 1, np.int64)
         self._positions = {symbol.name: i for i, symbol in enumerate(program.symbols)}
         self._symbols = np.zeros(max(1, len(program.symbols)), np.int64)
+        self._sizes: dict[tuple[int, ...], _Sizes] = {}
         self._tensors: list[Any] = [None] * len(program.values)
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._aten_seconds: dict[int, float] | None = None
@@ -145,12 +168,8 @@ class Executable:
             if slot is not None:
                 tensors[slot] = argument
                 bases[slot + 1] = argument.data_ptr()
-        sizes: dict[str, int] = {}
-        for i, symbol in enumerate(program.symbols):
-            source = arguments[symbol.index]
-            number = int(source if symbol.dim < 0 else source.shape[symbol.dim])
-            self._symbols[i] = sizes[symbol.name] = number
-        needed = evaluate(program.arena_bytes, sizes)
+        sizes = self._sizes_of(arguments)
+        needed = sizes.at(program.arena_bytes)
         if self._arena.numel() < needed + 64:
             self._arena = torch.empty(needed + 64, dtype=torch.uint8)
         bases[_ARENA] = self._arena.data_ptr() + 63 & ~63
@@ -166,7 +185,7 @@ class Executable:
             tensors[slot] = None
         return results
 
-    def _run_step(self, step: NativePlan | AtenCall, sizes: Mapping[str, int]) -> None:
+    def _run_step(self, step: NativePlan | AtenCall, sizes: _Sizes) -> None:
         if isinstance(step, NativePlan):
             step.run(self._bases, self._symbols, self.threads)
         elif self._aten_seconds is None:
@@ -176,7 +195,7 @@ class Executable:
             self._run_aten(step, sizes)
             self._aten_seconds[id(step)] += time.perf_counter() - begin
 
-    def _run_in_spans(self, step: NativePlan | AtenCall, sizes: Mapping[str, int]) -> None:
+    def _run_in_spans(self, step: NativePlan | AtenCall, sizes: _Sizes) -> None:
         if isinstance(step, NativePlan):
             step.run_by_call(self._bases, self._symbols, self.threads, torch.profiler.record_function)
         else:
@@ -205,7 +224,22 @@ class Executable:
             )
         return found
 
-    def _run_aten(self, call: AtenCall, sizes: Mapping[str, int]) -> None:
+    def _sizes_of(self, arguments: Sequence[Any]) -> _Sizes:
+        """The sizes of this call: what was computed for them before serves again."""
+        numbers = []
+        for symbol in self.program.symbols:
+            source = arguments[symbol.index]
+            numbers.append(int(source if symbol.dim < 0 else source.shape[symbol.dim]))
+        key = tuple(numbers)
+        sizes = self._sizes.get(key)
+        if sizes is None:
+            if len(self._sizes) >= _MAX_SIZES:
+                self._sizes.clear()
+            sizes = self._sizes[key] = _Sizes({s.name: n for s, n in zip(self.program.symbols, key, strict=True)})
+        self._symbols[: len(key)] = key
+        return sizes
+
+    def _run_aten(self, call: AtenCall, sizes: _Sizes) -> None:
         namespace, name, overload = call.op.split(".")
         op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         args, kwargs = (
@@ -217,28 +251,28 @@ class Executable:
             if slot < 0:
                 continue
             value = self.program.values[slot]
-            strides = tuple(evaluate(s, sizes) for s in value.strides)
+            strides = tuple(sizes.at(s) for s in value.strides)
             if item.stride() != strides and item.numel() > 1:
                 item = torch.empty_strided(item.shape, strides, dtype=item.dtype).copy_(item)
             self._tensors[slot] = item
             self._bases[slot + 1] = item.data_ptr()
 
-    def _resolve(self, arg: Any, sizes: Mapping[str, int]) -> Any:
+    def _resolve(self, arg: Any, sizes: _Sizes) -> Any:
         if isinstance(arg, View):
             tensor = self._tensors[arg.value]
-            shape = [evaluate(s, sizes) for s in arg.sizes]
-            strides = [evaluate(s, sizes) for s in arg.strides]
-            offset = evaluate(arg.offset, sizes)
+            shape = [sizes.at(s) for s in arg.sizes]
+            strides = [sizes.at(s) for s in arg.strides]
+            offset = sizes.at(arg.offset)
             if offset == 0 and list(tensor.shape) == shape and list(tensor.stride()) == strides:
                 return tensor
             return torch.as_strided(tensor, shape, strides, tensor.storage_offset() + offset)
         if isinstance(arg, Size):
-            return evaluate(arg.index, sizes)
+            return sizes.at(arg.index)
         if isinstance(arg, list):
             return [self._resolve(a, sizes) for a in arg]
         return arg
 
-    def _finish(self, arguments: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
+    def _finish(self, arguments: Sequence[Any], sizes: _Sizes) -> list[Any]:
         """Writes new values back into mutated arguments, then makes the results.
 
         A result that looks at such a value becomes a view of the argument, as it would be in eager mode.
@@ -253,13 +287,13 @@ class Executable:
             if isinstance(result, View) and result.value in moved:
                 target = arguments[moved[result.value]]
                 value = self.program.values[result.value]
-                if list(target.stride()) == [evaluate(s, sizes) for s in value.strides]:
+                if list(target.stride()) == [sizes.at(s) for s in value.strides]:
                     self._tensors[result.value] = target
             results.append(self._resolve(result, sizes))
         return results
 
 
-def _empty(value: Value, sizes: Mapping[str, int]) -> Tensor:
-    shape = [evaluate(s, sizes) for s in value.sizes]
-    strides = [evaluate(s, sizes) for s in value.strides]
+def _empty(value: Value, sizes: _Sizes) -> Tensor:
+    shape = [sizes.at(s) for s in value.sizes]
+    strides = [sizes.at(s) for s in value.strides]
     return torch.empty_strided(shape, strides, dtype=value.dtype)

@@ -14,10 +14,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from llmopt.codegen.cpu import toolchain
 from llmopt.codegen.cpu.toolchain import find_compiler
 from llmopt.compiler.errors import ToolchainError
 
 TESTS = Path(__file__).parent
+
+# Set by tests/kernels/test_sanitizers.py for the tests that it runs in a process of their own.
+if flags := os.environ.get("LLMOPT_TEST_COMPILER_FLAGS"):
+    toolchain._COMMON_FLAGS = (*toolchain._COMMON_FLAGS, *flags.split())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

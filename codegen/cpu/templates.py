@@ -70,13 +70,17 @@ class Workspace:
 
 @dataclass(frozen=True)
 class PlannedCall:
-    """A kernel call on graph nodes: operands in order, `writes` the nodes among them whose memory it changes."""
+    """A kernel call on graph nodes: operands in order, `writes` the nodes among them whose memory it changes.
+
+    `absorbs`: nodes that the call computes on the way, whose values nobody else needs; they get no memory.
+    """
 
     kernel: KernelSpec
     tensors: tuple[Node | Workspace | None, ...]
     ints: tuple[Any, ...]
     floats: tuple[float, ...] = ()
     writes: tuple[Node, ...] = field(default=())
+    absorbs: tuple[Node, ...] = ()
 
 
 Plan = list[PlannedCall] | str
@@ -100,16 +104,17 @@ def _rows(node: Node) -> tuple[Expr, Expr] | str:
     return rows if rows is not None else f"rows of {list(tensor(node).shape)} are not evenly spaced"
 
 
-def plan_linear(node: Node) -> Plan:
-    """llmopt::linear over weight segments."""
+def plan_linear(node: Node, result: Node | None = None, act: str | None = None) -> Plan:
+    """llmopt::linear over weight segments; with `act`, its activation is what `result` receives."""
     x, weights, biases = node.args
+    out = node if result is None else result
     dtypes = {tensor(t).dtype for t in (x, *weights, *biases) if t is not None}
     if len(dtypes) > 1:
         return "operands of different dtypes"
     dtype = FLOATS.get(dtypes.pop())
     if dtype is None:
         return f"no kernel for {tensor(node).dtype}"
-    source, target = _rows(x), _rows(node)
+    source, target = _rows(x), _rows(out)
     if isinstance(source, str):
         return source
     if isinstance(target, str):
@@ -120,7 +125,25 @@ def plan_linear(node: Node) -> Plan:
     segments = [t for pair in zip(weights, biases, strict=True) for t in pair]
     sizes = [to_expr(tensor(w).shape[0]) for w in weights]
     ints = (source[0], to_expr(tensor(x).shape[-1]), source[1], target[1], len(sizes), *sizes)
-    return [PlannedCall(KernelSpec("linear", (dtype,)), (x, node, *segments), ints, (), (node,))]
+    kernel = KernelSpec("linear", (dtype,) if act is None else (dtype, dtype, _ACTIVATION[act]))
+    absorbs = () if result is None else (node,)
+    return [PlannedCall(kernel, (x, out, *segments), ints, (), (out,), absorbs)]
+
+
+def _activation(node: Node) -> str | None:
+    """The activation of the vocabulary that an ATen op computes."""
+    if node.target is aten.gelu.default:
+        return {"none": "gelu_erf", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))
+    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(node.target)
+
+
+def plan_activation(node: Node) -> Plan | None:
+    """An activation as the epilogue of the product whose only user it is; None leaves it to a loop."""
+    product, act = node.args[0], _activation(node)
+    if act is None or product.target is not llmopt_ops.linear.default or len(product.users) != 1:
+        return None
+    plan = plan_linear(product, node, act)
+    return None if isinstance(plan, str) else plan
 
 
 def plan_batched_linear(node: Node) -> Plan:
@@ -458,7 +481,7 @@ def plan_index_copy(node: Node) -> Plan:
     return [PlannedCall(KernelSpec("index_copy", (dtype,)), (x, index, source, node), ints, (), (node,))]
 
 
-PLANNERS: dict[Any, Callable[[Node], Plan]] = {
+PLANNERS: dict[Any, Callable[[Node], Plan | None]] = {
     llmopt_ops.linear.default: plan_linear,
     llmopt_ops.batched_linear.default: plan_batched_linear,
     llmopt_ops.rms_norm.default: plan_norm,
@@ -470,6 +493,9 @@ PLANNERS: dict[Any, Callable[[Node], Plan]] = {
     llmopt_ops.attention.default: plan_attention,
     llmopt_ops.gated_act.default: plan_gated_act,
     llmopt_ops.moe.default: plan_moe,
+    aten.gelu.default: plan_activation,
+    aten.silu.default: plan_activation,
+    aten.relu.default: plan_activation,
     aten.embedding.default: plan_embedding,
     aten.index_select.default: plan_embedding,
     aten.topk.default: plan_topk,

@@ -18,7 +18,7 @@ from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, Stateles
 from torch.utils._pytree import tree_map
 
 from llmopt.codegen.cpu.native import SYMBOL, NativeCall, NativePlan, TensorOperand
-from llmopt.codegen.cpu.toolchain import LEVELS, InstructionSet, build_library, host_level
+from llmopt.codegen.cpu.toolchain import InstructionSet, build_library, host_level, supported_levels
 from llmopt.codegen.loops import (
     LoopGroup,
     LoopKernel,
@@ -34,7 +34,7 @@ aten = torch.ops.aten
 
 VARIANTS: dict[str, tuple[InstructionSet, dict[str, int]]] = {
     "host": (host_level(), {}),
-    "portable": (LEVELS[-1], {}),
+    **{level.name: (level, {}) for level in supported_levels()},
     "avx512_emulated": (host_level(), {"LLMOPT_VECTOR_BYTES": 64}),
 }
 
