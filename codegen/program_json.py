@@ -59,6 +59,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "steps": [_call_json(step) for step in program.steps if isinstance(step, KernelCall)],
         "results": [_result_json(r) for r in program.results],
         "arena_bytes": index.to_json(program.arena_bytes),
+        "target": program.target,
     }
 
 
@@ -154,7 +155,14 @@ def from_json(data: Any) -> Program:
         [_result(reader, r, count) for r in reader.items("results")],
         [],
         reader.expression(data.get("arena_bytes")),
+        _target(data.get("target", "cpu")),
     )
+
+
+def _target(name: Any) -> str:
+    if name not in ("cpu", "cuda"):
+        raise ProgramFileError(f"unknown target {str(name)[:40]!r}")
+    return str(name)
 
 
 def _kernel(row: list[Any]) -> KernelSpec:

@@ -45,6 +45,8 @@ class Executable:
     Raises ToolchainError when the kernels cannot be compiled.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, program: Program, threads: int = 0) -> None:
         self.program = program
         self.threads = threads
@@ -56,12 +58,12 @@ class Executable:
         self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
         self._steps = self._build()
 
-    def _build(self) -> list[NativePlan | AtenCall]:
+    def _build(self) -> list[Any]:
         """Neighbouring kernel calls become one native call."""
         program = self.program
         library = build_library([kernel_source(spec) for spec in program.kernels]) if program.kernels else None
         entries = [kernel_entry(spec) for spec in program.kernels]
-        steps: list[NativePlan | AtenCall] = []
+        steps: list[Any] = []
         pending: list[NativeCall] = []
 
         def flush() -> None:
@@ -139,20 +141,23 @@ class Executable:
             self._symbols[i] = sizes[symbol.name] = number
         needed = evaluate(program.arena_bytes, sizes)
         if self._arena.numel() < needed + 64:
-            self._arena = torch.empty(needed + 64, dtype=torch.uint8)
+            self._arena = torch.empty(needed + 64, dtype=torch.uint8, device=self.device)
         bases[_ARENA] = self._arena.data_ptr() + 63 & ~63
         for slot in self._fresh:
-            tensors[slot] = made = _empty(program.values[slot], sizes)
+            tensors[slot] = made = _empty(program.values[slot], sizes, self.device)
             bases[slot + 1] = made.data_ptr()
         for step in self._steps:
-            if isinstance(step, NativePlan):
-                step.run(bases, self._symbols, self.threads)
-            else:
+            if isinstance(step, AtenCall):
                 self._run_aten(step, sizes)
+            else:
+                self._run_kernels(step, sizes)
         results = self._finish(arguments, sizes)
         for slot in (*self._fresh, *(s for s in program.inputs if s is not None)):
             tensors[slot] = None
         return results
+
+    def _run_kernels(self, step: Any, sizes: Mapping[str, int]) -> None:
+        step.run(self._bases, self._symbols, self.threads)
 
     def _run_aten(self, call: AtenCall, sizes: Mapping[str, int]) -> None:
         namespace, name, overload = call.op.split(".")
@@ -168,7 +173,7 @@ class Executable:
             value = self.program.values[slot]
             strides = tuple(evaluate(s, sizes) for s in value.strides)
             if item.stride() != strides and item.numel() > 1:
-                item = torch.empty_strided(item.shape, strides, dtype=item.dtype).copy_(item)
+                item = torch.empty_strided(item.shape, strides, dtype=item.dtype, device=item.device).copy_(item)
             self._tensors[slot] = item
             self._bases[slot + 1] = item.data_ptr()
 
@@ -208,7 +213,7 @@ class Executable:
         return results
 
 
-def _empty(value: Value, sizes: Mapping[str, int]) -> Tensor:
+def _empty(value: Value, sizes: Mapping[str, int], device: torch.device) -> Tensor:
     shape = [evaluate(s, sizes) for s in value.sizes]
     strides = [evaluate(s, sizes) for s in value.strides]
-    return torch.empty_strided(shape, strides, dtype=value.dtype)
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device=device)
