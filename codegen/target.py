@@ -51,7 +51,9 @@ def target_of(graph: fx.Graph) -> Target:
     for node in graph.nodes:
         for kind in _device_types(node.meta.get("val")):
             if kind not in TARGETS:
-                raise UnsupportedError(f"device {kind} is not supported; llmopt generates code for: {', '.join(TARGETS)}")
+                raise UnsupportedError(
+                    f"device {kind} is not supported; llmopt generates code for: {', '.join(TARGETS)}"
+                )
             if seen and TARGETS[kind] is not chosen:
                 where = location(node) if is_tensor(node) else None
                 reason = f"{node.name} lies on {kind}, other tensors on {chosen.name}"

@@ -119,7 +119,7 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
         with graph.inserting_before(first):
             node = graph.placeholder(name)
         with rewriter.mode:
-            node.meta["val"] = torch.empty(shapes[name], dtype=dtype)
+            node.meta["val"] = torch.empty(shapes[name], dtype=dtype, device=tensor(ids).device)
         step.nodes[name] = node
     after = placeholders(graph)[-1].next
     with rewriter.before(after):
@@ -246,7 +246,8 @@ def _replace_attention(
             with graph.inserting_before(first_weight):
                 cache = graph.placeholder(name)
             with rewriter.mode:
-                cache.meta["val"] = torch.empty((num_blocks, heads, block_size, width), dtype=spec.dtype)
+                shape = (num_blocks, heads, block_size, width)
+                cache.meta["val"] = torch.empty(shape, dtype=spec.dtype, device=tensor(k).device)
             cache.meta["cache"] = spec
             caches.append(cache)
         lookup = [step.nodes[n] for n in ("slot_mapping", "block_tables", "cu_seqlens_q", "seq_lens")]

@@ -63,6 +63,15 @@ class CudaExecutable(Executable):
                 steps.append(step)
         return steps
 
+    @property
+    def arena(self) -> Tensor:
+        """The memory of temporary values. A captured graph keeps its own, which is not to be replaced under it."""
+        return self._arena
+
+    @arena.setter
+    def arena(self, memory: Tensor) -> None:
+        self._arena = memory
+
     def bind(self, weights: Sequence[Tensor]) -> None:
         """As for the CPU; what was captured with other weights must be captured again (`weights_version`)."""
         before = [None if w is None else w.data_ptr() for w in self.weights]
@@ -127,6 +136,6 @@ class CudaExecutable(Executable):
         return flat.set_(storage, start // value.dtype.itemsize, (count,), (1,))
 
 
-def make_executable(program: Program, threads: int = 0) -> Executable:
-    """The executable for a program's target; `threads` concerns the CPU."""
-    return CudaExecutable(program) if program.target == "cuda" else Executable(program, threads)
+def make_executable(program: Program, threads: int = 0, device: torch.device | None = None) -> Executable:
+    """The executable for a program's target; `threads` concerns the CPU, `device` the GPU (None: the current one)."""
+    return CudaExecutable(program, device) if program.target == "cuda" else Executable(program, threads)

@@ -16,13 +16,19 @@ class KVCache:
     A block is one page in every layer at once, so requests hold lists of block numbers.
     """
 
-    def __init__(self, specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        specs: Sequence[CacheSpec],
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks
         self.tensors: list[torch.Tensor] = []
         for spec in specs:
             for width in (spec.key_size, spec.value_size):
                 shape = (num_blocks, spec.kv_heads, block_size, width)
-                self.tensors.append(torch.zeros(shape, dtype=spec.dtype))
+                self.tensors.append(torch.zeros(shape, dtype=spec.dtype, device=device))
         self._free = list(range(num_blocks - 1, -1, -1))
 
     @property

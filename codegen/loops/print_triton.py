@@ -1,8 +1,8 @@
 """Prints a `LoopKernel` as a module of Triton kernels, one for each nest, on `codegen/triton/kernels/functions.py`.
 
-A program holds XBLOCK rows as a column `[XBLOCK, 1]` and walks along each sweep in steps of RBLOCK, so that what changes
-along the sweep is a tile `[XBLOCK, RBLOCK]`. A nest without accumulators has nothing to walk along: its inner loops
-become rows too (`flattened`), which spreads them over the GPU.
+A program holds XBLOCK rows as a column `[XBLOCK, 1]` and walks along each sweep in steps of RBLOCK, so that what
+changes along the sweep is a tile `[XBLOCK, RBLOCK]`. A nest without accumulators has nothing to walk along: its inner
+loops become rows too (`flattened`), which spreads them over the GPU.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ _OPERATORS = {
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }  # fmt: skip
 # Functions of triton.language, and those of kernels/functions.py (the others of the IR, by their own names).
-_LANGUAGE = frozenset("exp exp2 log log2 sqrt rsqrt cos sin erf floor ceil abs".split())
+_LANGUAGE = frozenset(["exp", "exp2", "log", "log2", "sqrt", "rsqrt", "cos", "sin", "erf", "floor", "ceil", "abs"])
 _BY_KIND = {
     "div": ("f.int_trunc_div", "/"),
     "floor_div": ("f.int_floor_div", "f.float_floor_div"),

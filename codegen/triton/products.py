@@ -23,8 +23,8 @@ def _may_split(k: int, columns: int) -> bool:
 
 def linear_workspace(call: PlannedCall) -> sympy.Expr | None:
     """Bytes of the partial sums of split products, None where no launch would split."""
-    rows, k, _, _, _, *sizes = (sympy.sympify(i) if isinstance(i, int) else i for i in call.ints)
-    columns = sum(sizes)
+    rows, k, _, _, _, *sizes = call.ints
+    columns = sympy.Integer(0) + sum(sizes)
     if not (k.is_Integer and columns.is_Integer and _may_split(int(k), int(columns))):
         return None
     return 4 * MAX_SPLITS * columns * sympy.Min(rows, SPLIT_ROWS)
@@ -92,7 +92,7 @@ def _segments(
     name = "linear.gemv" if streamed else "linear.gemm"
     made = [Launch(name, (tiles, splits), args, {**constants, **tile, "SPLITS": splits}, warps, stages)]
     if splits > 1:
-        merging = {"BLOCK": 256, "SPLITS": splits, "SEGMENTS": len(sizes), **flags}
+        merging = {"BLOCK": 256, "SPLITS": splits, **flags}
         grid = (rows, ceil_div(sum(sizes), 256))
         made.append(Launch("linear.merge_splits", grid, (out, part, *b, *n, rows, out_stride), merging))
     return made

@@ -10,7 +10,7 @@ from torch import fx
 
 from llmopt.codegen.lower import Lowered, lower
 from llmopt.codegen.triton.launch import Launch
-from llmopt.compiler.graph import fake_mode, placeholders, refresh_values
+from llmopt.compiler.graph import fake_mode, is_tensor, placeholders, refresh_values
 from llmopt.runtime.cuda_executable import CudaExecutable
 
 CUDA = torch.device("cuda", 0)
@@ -37,7 +37,8 @@ def to_cuda(graph: fx.Graph) -> fx.Graph:
 
 def lower_for_cuda(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
     """The CUDA program of a graph captured on the CPU."""
-    lowered = lower(to_cuda(graph), mutations)
+    on_gpu = any(is_tensor(n) and n.meta["val"].is_cuda for n in placeholders(graph))
+    lowered = lower(graph if on_gpu else to_cuda(graph), mutations)
     assert lowered.program.target == "cuda"
     return lowered
 

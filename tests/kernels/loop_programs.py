@@ -148,7 +148,9 @@ class Program:
     @staticmethod
     def _interpret(kernel: LoopKernel, buffers: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
         status = torch.zeros(1, dtype=torch.int32)
-        flat = [torch.empty(0, dtype=b.dtype).set_(b.untyped_storage(), b.storage_offset(), (1,), (1,)) for b in buffers]
+        flat = [
+            torch.empty(0, dtype=b.dtype).set_(b.untyped_storage(), b.storage_offset(), (1,), (1,)) for b in buffers
+        ]
         run_launches(loop_launches(kernel, flat, sizes, status))
         if status.item():
             raise KernelError(1, 0, kernel.name)

@@ -98,7 +98,7 @@ def activate(x, ACT: tl.constexpr):
 
 @triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr):
-    """`acc + a b` in float32. "wide" takes the factors to float32 first, for the interpreter knows no bfloat16 products."""
+    """`acc + a b`. "wide" takes the factors to float32 first, for the interpreter knows no bfloat16 products."""
     if PRECISION == "wide":
         return tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
     else:

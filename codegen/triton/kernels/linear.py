@@ -16,18 +16,16 @@ _SIZES = ["n0", "n1", "n2", "rows"]
 
 
 @triton.jit
-def _bias(b0, b1, b2, n0, n1, n2, cols, SEGMENTS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
+def _bias(b0, b1, b2, n0, n1, n2, cols, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
     """The biases of columns counted over all segments, in float32."""
     total = tl.zeros(cols.shape, tl.float32)
     if B0:
         total += tl.load(b0 + cols, mask=cols < n0, other=0.0).to(tl.float32)
-    if SEGMENTS > 1:
-        if B1:
-            total += tl.load(b1 + (cols - n0), mask=(cols >= n0) & (cols < n0 + n1), other=0.0).to(tl.float32)
-    if SEGMENTS > 2:
-        if B2:
-            at = cols - n0 - n1
-            total += tl.load(b2 + at, mask=(at >= 0) & (at < n2), other=0.0).to(tl.float32)
+    if B1:
+        total += tl.load(b1 + (cols - n0), mask=(cols >= n0) & (cols < n0 + n1), other=0.0).to(tl.float32)
+    if B2:
+        at = cols - n0 - n1
+        total += tl.load(b2 + at, mask=(at >= 0) & (at < n2), other=0.0).to(tl.float32)
     return total
 
 
@@ -89,7 +87,7 @@ def gemv(
         lead = (split * rows + row).to(tl.int64)[:, None] * (n0 + n1 + n2)
         tl.store(part + lead + where, total, mask=ok)
     else:
-        total += _bias(b0, b1, b2, n0, n1, n2, shift + cols, SEGMENTS, B0, B1, B2)[None, :]
+        total += _bias(b0, b1, b2, n0, n1, n2, shift + cols, B0, B1, B2)[None, :]
         lead = row.to(tl.int64)[:, None] * out_stride
         tl.store(out + lead + where, total.to(out.dtype.element_ty), mask=ok)
 
@@ -137,7 +135,7 @@ def gemm(
         lead = (split * rows + row).to(tl.int64)[:, None] * (n0 + n1 + n2)
         tl.store(part + lead + where, acc, mask=ok)
     else:
-        acc += _bias(b0, b1, b2, n0, n1, n2, shift + cols, SEGMENTS, B0, B1, B2)[None, :]
+        acc += _bias(b0, b1, b2, n0, n1, n2, shift + cols, B0, B1, B2)[None, :]
         lead = row.to(tl.int64)[:, None] * out_stride
         tl.store(out + lead + where, acc.to(out.dtype.element_ty), mask=ok)
 
@@ -145,15 +143,14 @@ def gemm(
 @triton.jit(do_not_specialize=_SIZES)
 def merge_splits(
     out, part, b0, b1, b2, n0, n1, n2, rows, out_stride,
-    BLOCK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums of all splits, and the bias. Grid: (rows, blocks of columns)."""
     row = tl.program_id(0).to(tl.int64)
     total = n0 + n1 + n2
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     ok = cols < total
-    acc = _bias(b0, b1, b2, n0, n1, n2, cols, SEGMENTS, B0, B1, B2)
+    acc = _bias(b0, b1, b2, n0, n1, n2, cols, B0, B1, B2)
     for split in tl.static_range(SPLITS):
         acc += tl.load(part + (split * rows + row) * total + cols, mask=ok, other=0.0)
     tl.store(out + row * out_stride + cols, acc.to(out.dtype.element_ty), mask=ok)

@@ -14,7 +14,9 @@ from llmopt.codegen.triton.kernels.functions import activate, dot
 
 
 @triton.jit(do_not_specialize=["slots"])
-def route(ids, order, owner, status, slots, experts, tiles, BM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr):
+def route(
+    ids, order, owner, status, slots, experts, tiles, BM: tl.constexpr, BLOCK: tl.constexpr, BLOCK_E: tl.constexpr
+):
     """Orders the slots. One program, which passes over the ids twice. `order` holds -1 at first."""
     expert = tl.arange(0, BLOCK_E)
     lane = tl.arange(0, BLOCK)

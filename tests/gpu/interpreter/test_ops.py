@@ -6,11 +6,11 @@ import copy
 
 import pytest
 import torch
-from graphs.one_op import one_op_graph
 from gpu.devices import interpreted, lower_for_cuda
+from graphs.one_op import one_op_graph
 
-from llmopt.compiler.opspec import OPS
 from llmopt.compiler import vocabulary  # noqa: F401  (declares the ops)
+from llmopt.compiler.opspec import OPS
 
 # All but `constant`, which is computed when weights are bound.
 KERNELS = [name for name in OPS if name != "constant"]
