@@ -53,7 +53,11 @@ def make_report(kind: str, graph: fx.Graph, passes: list[PassReport], lowered: L
     origin = {call.kernel: call.origin for call in reversed(calls)}
     kernels = [
         KernelUse(
-            spec.template, ", ".join(spec.arguments).replace("llmopt::", ""), origin[i], count[i], kernel_source(spec)
+            spec.template,
+            ", ".join(spec.arguments).replace("llmopt::", ""),
+            origin[i],
+            count[i],
+            kernel_source(spec, program.target),
         )
         for i, spec in enumerate(program.kernels)
     ]
@@ -86,7 +90,7 @@ def compile_backend(
     report = make_report("backend", captured.graph, passes, lowered)
     _check_fallbacks(report, options)
     compiled = CompiledGraph(captured.graph, lowered, captured.constants, options.threads)
-    report.native_calls = len(compiled.executable.native_plans)
+    report.native_calls = compiled.executable.num_kernel_runs
     report.seconds = {
         "capture": traced - start,
         "passes": passed - traced,
@@ -142,7 +146,7 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
         if spec is not None and spec not in caches:
             caches.append(spec)
     program = StepProgram(lowered.program, caches, options.block_size, options.threads)
-    report.native_calls = len(program.executable.native_plans)
+    report.native_calls = program.executable.num_kernel_runs
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}
     binder = WeightBinder(graph, lowered.weights)
     return CompiledStep(program, binder, report, [node.meta.get("argument") for node in placeholders(graph)])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -88,9 +89,11 @@ class CudaExecutable(Executable):
         Raises KernelError when a kernel met an index out of range, such as a token id outside the table. While a CUDA
         graph is captured nothing is checked: the one who replays it calls `check`.
         """
-        results = super().__call__(arguments)
-        if not self._capturing():
-            self.check()
+        # Triton launches on the current device.
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            results = super().__call__(arguments)
+            if not self._capturing():
+                self.check()
         return results
 
     def _capturing(self) -> bool:

@@ -14,7 +14,9 @@ from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
 from llmopt.codegen.index import add, evaluate, to_postfix
 from llmopt.codegen.loops.print_cpp import print_kernel
+from llmopt.codegen.loops.print_triton import print_triton
 from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, Value, View
+from llmopt.codegen.triton.templates import template_source
 from llmopt.compiler.errors import InputError
 
 Tensor = torch.Tensor
@@ -28,8 +30,10 @@ def kernel_entry(spec: KernelSpec) -> str:
     return "k_" + hashlib.sha256(repr(spec).encode()).hexdigest()[:16]
 
 
-def kernel_source(spec: KernelSpec) -> str:
-    """The translation unit of a kernel."""
+def kernel_source(spec: KernelSpec, target: str = "cpu") -> str:
+    """The text that a kernel is compiled from: a C++ translation unit, or for "cuda" a module of Triton kernels."""
+    if target == "cuda":
+        return print_triton(spec.loop) if spec.loop is not None else template_source(spec.template)
     if spec.loop is not None:
         return print_kernel(spec.loop, kernel_entry(spec))
     return source_of(spec, kernel_entry(spec))
@@ -94,6 +98,11 @@ class Executable:
             operands.append(TensorOperand(base, to_postfix(offset, self._positions)))
         ints = tuple(to_postfix(i, self._positions) for i in call.ints)
         return NativeCall(entries[call.kernel], tuple(operands), ints, call.floats, call.sync_after)
+
+    @property
+    def num_kernel_runs(self) -> int:
+        """How often one run goes over from ATen, or from the caller, to kernels."""
+        return sum(not isinstance(step, AtenCall) for step in self._steps)
 
     @property
     def native_plans(self) -> list[NativePlan]:

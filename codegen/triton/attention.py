@@ -21,11 +21,15 @@ def paged_workspace(call: PlannedCall) -> sympy.Expr:
     return 4 * MAX_SPLITS * sympy.Min(tokens, SPLIT_TOKENS) * heads * (value_size + 2)
 
 
-def _tile(repeat: int, queries: int, size: int, itemsize: int) -> tuple[int, int, int]:
-    """(rows of a tile, keys of a tile, warps) for `queries` query rows of a key head."""
-    most = 64 if size > 128 or itemsize == 4 else 128
-    rows = max(16, power(repeat), min(most, power(queries * repeat)))
-    return rows, 32 if size > 128 or itemsize == 4 else 64, 8 if rows >= 128 else 4
+def _tile(repeat: int, queries: int, size: int, itemsize: int) -> tuple[int, int, int, int]:
+    """(rows of a tile, keys of a tile, warps, stages) for `queries` query rows of a key head.
+
+    Wide rows get small tiles: queries, keys and values must fit into the shared memory of a multiprocessor.
+    """
+    wide = power(size) * itemsize > 256
+    rows = max(16, power(repeat), min(64 if wide else 128, power(queries * repeat)))
+    stages = 1 if power(size) * itemsize > 512 else 2
+    return rows, 32 if wide else 64, 8 if rows >= 128 else 4, stages
 
 
 def _paged(call: Call) -> list[Launch]:
@@ -35,7 +39,7 @@ def _paged(call: Call) -> list[Launch]:
     if tokens == 0 or sequences == 0:
         return []
     repeat = heads // groups
-    rows, keys, warps = _tile(repeat, ceil_div(tokens, sequences), max(size, value_size), q.element_size())
+    rows, keys, warps, stages = _tile(repeat, ceil_div(tokens, sequences), max(size, value_size), q.element_size())
     query_tiles = tokens // (rows // repeat) + sequences
     splits = 1
     if tokens <= SPLIT_TOKENS and part is not None:
@@ -64,7 +68,7 @@ def _paged(call: Call) -> list[Launch]:
     }
     tensors = (q, k_cache, v_cache, tables, starts, lengths, out, *call.present(part, slopes, sinks))
     args = (*tensors, scale, softcap, sequences, tokens, width, window, *strides)
-    made = [Launch("attention.paged", (query_tiles, groups, splits), args, constants, warps)]
+    made = [Launch("attention.paged", (query_tiles, groups, splits), args, constants, warps, stages)]
     if splits > 1:
         merging = {
             "HEADS": heads,
@@ -83,7 +87,7 @@ def _contiguous(call: Call) -> list[Launch]:
     strides, (causal, _, window) = rest[:-3], rest[-3:]
     q, k, v, mask, out, slopes, sinks = call.tensors
     repeat = heads // groups
-    rows, columns, warps = _tile(repeat, queries, max(size, value_size), q.element_size())
+    rows, columns, warps, stages = _tile(repeat, queries, max(size, value_size), q.element_size())
     scale, softcap = call.floats
     constants = {
         "REPEAT": repeat,
@@ -106,7 +110,7 @@ def _contiguous(call: Call) -> list[Launch]:
     tensors = (q, k, v, *call.present(mask), out, *call.present(slopes, sinks))
     args = (*tensors, scale, softcap, queries, keys, window, *strides)
     grid = (ceil_div(queries, rows // repeat), groups, batch)
-    return [Launch("attention.contiguous", grid, args, constants, warps)]
+    return [Launch("attention.contiguous", grid, args, constants, warps, stages)]
 
 
 PAGED, CONTIGUOUS = _paged, _contiguous

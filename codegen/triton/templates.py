@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import sympy
@@ -171,8 +172,9 @@ def _workspace(size: Callable[[PlannedCall], Expr | None]) -> Replan:
 
 @dataclass(frozen=True)
 class Template:
-    """A kernel template: the argument tokens it takes at each position, a check of sizes, workspace, launches."""
+    """A kernel template: its module in `kernels/`, the argument tokens that it takes, and what it does with a call."""
 
+    module: str
     tokens: tuple[frozenset[str], ...]
     launches: Callable[[Call], list[Launch]]
     check: Check = _any
@@ -180,21 +182,21 @@ class Template:
 
 
 TEMPLATES: dict[str, Template] = {
-    "linear": Template((_FLOAT_TOKENS,), LINEAR, replan=_workspace(linear_workspace)),
-    "batched_linear": Template((_FLOAT_TOKENS,), BATCHED),
-    "moe": Template((_FLOAT_TOKENS, _FLOAT_TOKENS, _ACTS), MOE, replan=_workspace(moe_workspace)),
-    "attention": Template((_FLOAT_TOKENS,), PAGED, _heads(3, 4), _workspace(paged_workspace)),
-    "attention_contiguous": Template((_FLOAT_TOKENS, _FLOAT_TOKENS | {"bool"}), CONTIGUOUS, _heads(5, 6)),
-    "rms_norm": Template((_FLOAT_TOKENS, _FLOAT_TOKENS, _FLAGS), _norm, _limit(2, MAX_COLUMNS, "rows")),
-    "layer_norm": Template((_FLOAT_TOKENS, _FLOAT_TOKENS), _norm, _limit(2, MAX_COLUMNS, "rows")),
-    "rope": Template((_FLOAT_TOKENS, _FLOAT_TOKENS, _FLAGS), _rope),
-    "kv_write": Template((_FLOAT_TOKENS,), _kv_write),
-    "gated_act": Template((_FLOAT_TOKENS, _ACTS), _gated_act),
-    "embedding": Template((_FLOAT_TOKENS, _INT_TOKENS), _embedding),
-    "topk": Template((_FLOAT_TOKENS,), _topk, _limit(1, MAX_TOPK, "rows")),
-    "softmax": Template((_FLOAT_TOKENS, _FLOAT_TOKENS), _softmax),
-    "cumsum": Template((_NUMBERS, _NUMBERS), _cumsum),
-    "index_copy": Template((_NUMBERS,), _index_copy),
+    "linear": Template("linear", (_FLOAT_TOKENS,), LINEAR, replan=_workspace(linear_workspace)),
+    "batched_linear": Template("linear", (_FLOAT_TOKENS,), BATCHED),
+    "moe": Template("moe", (_FLOAT_TOKENS, _FLOAT_TOKENS, _ACTS), MOE, replan=_workspace(moe_workspace)),
+    "attention": Template("attention", (_FLOAT_TOKENS,), PAGED, _heads(3, 4), _workspace(paged_workspace)),
+    "attention_contiguous": Template("attention", (_FLOAT_TOKENS, _FLOAT_TOKENS | {"bool"}), CONTIGUOUS, _heads(5, 6)),
+    "rms_norm": Template("rowwise", (_FLOAT_TOKENS, _FLOAT_TOKENS, _FLAGS), _norm, _limit(2, MAX_COLUMNS, "rows")),
+    "layer_norm": Template("rowwise", (_FLOAT_TOKENS, _FLOAT_TOKENS), _norm, _limit(2, MAX_COLUMNS, "rows")),
+    "rope": Template("rowwise", (_FLOAT_TOKENS, _FLOAT_TOKENS, _FLAGS), _rope),
+    "kv_write": Template("attention", (_FLOAT_TOKENS,), _kv_write),
+    "gated_act": Template("rowwise", (_FLOAT_TOKENS, _ACTS), _gated_act),
+    "embedding": Template("rowwise", (_FLOAT_TOKENS, _INT_TOKENS), _embedding),
+    "topk": Template("rowwise", (_FLOAT_TOKENS,), _topk, _limit(1, MAX_TOPK, "rows")),
+    "softmax": Template("rowwise", (_FLOAT_TOKENS, _FLOAT_TOKENS), _softmax),
+    "cumsum": Template("rowwise", (_NUMBERS, _NUMBERS), _cumsum),
+    "index_copy": Template("rowwise", (_NUMBERS,), _index_copy),
 }
 
 
@@ -216,6 +218,11 @@ def plan_template(node: Node) -> Plan | None:
             return reason
         calls.append(template.replan(call))
     return calls
+
+
+def template_source(template: str) -> str:
+    """The text of the module that a template's kernels are in."""
+    return (Path(__file__).parent / "kernels" / f"{TEMPLATES[template].module}.py").read_text("utf-8")
 
 
 def launches(

@@ -162,11 +162,11 @@ def batched(
     x0, x1, x2, w0, w1, w2, o0, o1, o2,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`x[..., M, K]` times `w[..., N, K]` transposed over three levels of batch. Grid: (tiles, batch)."""
+    """`x[..., M, K]` times `w[..., N, K]` transposed over three levels of batch. Grid: (batch, tiles)."""
     tiles_m = tl.cdiv(M, BM)
-    tile_m = tl.program_id(0) % tiles_m
-    tile_n = tl.program_id(0) // tiles_m
-    batch = tl.program_id(1).to(tl.int64)
+    tile_m = tl.program_id(1) % tiles_m
+    tile_n = tl.program_id(1) // tiles_m
+    batch = tl.program_id(0).to(tl.int64)
     c = batch % batch2
     b = batch // batch2 % batch1
     a = batch // batch2 // batch1
