@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
 
 from llmopt.codegen.lower import Lowered, lower
 from llmopt.codegen.triton.launch import Launch
@@ -14,6 +15,9 @@ from llmopt.compiler.graph import fake_mode, is_tensor, placeholders, refresh_va
 from llmopt.runtime.cuda_executable import CudaExecutable
 
 CUDA = torch.device("cuda", 0)
+
+# Python's `~` asks for the device in C++, which a PyTorch without CUDA refuses; the op behind it does not.
+FakeTensor.__invert__ = lambda self: torch.bitwise_not(self)  # type: ignore[assignment, method-assign]
 
 
 def to_cuda(graph: fx.Graph) -> fx.Graph:

@@ -19,8 +19,10 @@ from llmopt.compiler.pass_manager import run_pipeline
 from llmopt.passes.pipeline import BACKEND, step_pipeline
 from llmopt.tracing import trace_forward
 
-REPRESENTATIVE = ("llama", "bloom", "mixtral")
-MODELS = [name if name in REPRESENTATIVE else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+
+def models(*fast: str) -> list[Any]:
+    """All models of the zoo, of which only some run without `slow`: tracing is what takes the time here."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
 def logits_of(model: Any) -> Any:
@@ -38,7 +40,7 @@ def check(program: Program) -> None:
             compile(print_triton(kernel.loop), kernel.loop.name, "exec")
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models("llama", "mixtral"))
 def test_step(name: str) -> None:
     captured, _ = trace_forward(logits_of(build(name, torch.bfloat16)), 128)
     to_cuda(captured.graph)
@@ -53,7 +55,7 @@ def test_step(name: str) -> None:
     assert again == program and again.target == "cuda"
 
 
-@pytest.mark.parametrize("name", MODELS)
+@pytest.mark.parametrize("name", models("bloom"))
 def test_backend(name: str) -> None:
     ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(0))
     caught = catch(logits_of(build(name, torch.bfloat16)), ids, dynamic=True)
