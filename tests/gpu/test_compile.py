@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from gpu.devices import lower_for_cuda, planned_launches
 from graphs.one_op import one_op_graph
+from kernels.loop_programs import compiled
 
+from llmopt.codegen.loops import LoopKernel
 from llmopt.codegen.triton.launch import Launch, compile_for
+from llmopt.codegen.triton.loops import loop_launches
 from llmopt.compiler import vocabulary  # noqa: F401  (declares the ops)
 from llmopt.compiler.opspec import OPS
 
@@ -82,3 +87,39 @@ def test_the_sizes_of_models_fit_into_shared_memory(capability: int) -> None:
             for launch in planned_launches(lower_for_cuda(graph), tensors):
                 made[launch.kernel, dtype, tuple(launch.constants.items())] = launch
     check(list(made.values()), capability)
+
+
+def launches_of_loop(kernel: LoopKernel) -> list[Launch]:
+    """The launches of a fused loop for sizes of 64 elements."""
+    tensors = [torch.empty(1, dtype=getattr(torch, name)) for name in kernel.buffers]
+    return loop_launches(kernel, tensors, [64] * len(kernel.symbols), torch.zeros(1, dtype=torch.int32))
+
+
+def loops_of(function: Callable[..., object]) -> list[Launch]:
+    """The launches of the fused loops of a function of one tensor, in bfloat16."""
+    groups = compiled(function, torch.randn(3, 5, 12, dtype=torch.bfloat16), static=[-1]).plan.groups
+    return [launch for group in groups for launch in launches_of_loop(group.kernel)]
+
+
+def test_a_fused_loop() -> None:
+    check(loops_of(lambda x: (x.softmax(-1) * x.tanh()).to(torch.float32)), 90)
+
+
+LOOPS: dict[str, Callable[[torch.Tensor], object]] = {
+    "functions": lambda x: [f(x) for f in (torch.sin, torch.tan, torch.erf, torch.expm1, torch.log1p, torch.round)],
+    "half types": lambda x: x.to(torch.float16).to(torch.float32) * 0.1 + x,
+    "powers": lambda x: [x.pow(1.5), x.to(torch.int64).pow(5), x.fmod(0.7), x.remainder(0.7)],
+    "integers": lambda x: [x.to(torch.int64) // 3, x.to(torch.int32) % 5, x.to(torch.int64) << 2],
+    "conditions": lambda x: [torch.where(x > 0, x, -x), (x > 0).any(-1), (x > 0).all(0), x.isnan().logical_not()],
+    "reductions": lambda x: [x.sum(-1), x.amax((0, 1)), x.prod(-1), x.to(torch.int64).amin(0), x.mean()],
+    "layouts": lambda x: [torch.cat([x[..., 3:], -x[..., :3]], -1), x.transpose(-1, -2).contiguous(), x.flip(-1)],
+    "gathers": lambda x: [x[:, x[0, :, 0].to(torch.int64).clamp(0, 4)], x.gather(-1, x.to(torch.int64).clamp(0, 11))],
+    "float64": lambda x: x.to(torch.float64).exp().sum(-1),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("capability", CAPABILITIES, ids=CAPABILITIES.get)
+@pytest.mark.parametrize("name", LOOPS)
+def test_fused_loops(name: str, capability: int) -> None:
+    check(loops_of(LOOPS[name]), capability)
