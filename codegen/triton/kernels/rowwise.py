@@ -1,7 +1,7 @@
 """Kernels over rows: norms, rope, gated activations, embedding, softmax, sums along a row, topk, index_copy.
 
-`status` is one int32 that a kernel sets to 1 when an index lies outside of what it indexes; the value is then taken as
-zero, so nothing outside of a tensor is ever touched.
+`status` is one int32 that a kernel sets to 1 when an index lies outside of what it indexes; nothing outside of a tensor
+is touched then, and what the kernel leaves is of no use.
 """
 
 from __future__ import annotations
@@ -96,7 +96,7 @@ def embedding(ids, table, out, status, width, rows, out_stride, BLOCK: tl.conste
     if not known:
         tl.store(status, 1)
     ok = col < width
-    value = tl.load(table + row * width + col, mask=ok & known, other=0.0)
+    value = tl.load(table + tl.where(known, row, 0) * width + col, mask=ok, other=0.0)
     tl.store(out + at * out_stride + col, value, mask=ok)
 
 
@@ -177,6 +177,6 @@ def index_copy(index, source, out, status, size, inner, count, BLOCK: tl.constex
     known = (place >= 0) & (place < size)
     if not known:
         tl.store(status, 1)
-    ok = (col < inner) & known
+    ok = col < tl.where(known, inner, 0)
     value = tl.load(source + (outer * count + n) * inner + col, mask=ok)
     tl.store(out + (outer * size + place) * inner + col, value, mask=ok)
