@@ -83,7 +83,7 @@ def compile_backend(
     report.captured = before
     _check_fallbacks(report, options)
     compiled = CompiledGraph(captured.graph, lowered, captured.constants, options.threads)
-    report.native_calls = len(compiled.executable.native_plans)
+    report.native_calls = compiled.executable.num_kernel_runs
     report.program = weakref.ref(compiled)
     report.seconds = {
         "capture": traced - start,
@@ -147,7 +147,7 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
         if spec is not None and spec not in caches:
             caches.append(spec)
     program = StepProgram(lowered.program, caches, options.block_size, options.threads)
-    report.native_calls = len(program.executable.native_plans)
+    report.native_calls = program.executable.num_kernel_runs
     report.program = weakref.ref(program)
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}
     binder = WeightBinder(graph, lowered.weights)

@@ -91,15 +91,17 @@ class StaticDecoder:
             device=model.device,
         )
         self._length = 0
-        self._last = torch.zeros(1, 1, dtype=torch.int64)
+        self._device = model.device
+        self._last = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int]) -> int:
         """Forgets the last sequence, runs the prompt and returns the first new token."""
         self._cache.reset()
         self._length = len(tokens)
-        positions = torch.arange(len(tokens))[None]
-        self._last = self._step(self._prefill, torch.tensor([list(tokens)]), positions)
+        positions = torch.arange(len(tokens), device=self._device)[None]
+        ids = torch.tensor([list(tokens)], device=self._device)
+        self._last = self._step(self._prefill, ids, positions)
         return int(self._last)
 
     @torch.no_grad()
@@ -107,7 +109,7 @@ class StaticDecoder:
         """Runs `steps` forward passes of one token each; returns the tokens that they chose."""
         chosen = []
         for _ in range(steps):
-            self._last = self._step(self._decode, self._last, torch.tensor([[self._length]]))
+            self._last = self._step(self._decode, self._last, torch.tensor([[self._length]], device=self._device))
             self._length += 1
             chosen.append(int(self._last))
         return chosen

@@ -15,10 +15,10 @@ from torch import fx
 from torch._decomp import decomposition_table
 from torch.fx.node import Node
 
-from llmopt.codegen.cpu.templates import plan_template
 from llmopt.codegen.loops.emit import DTYPE_NAMES
 from llmopt.codegen.loops.operations import OPERATIONS
 from llmopt.codegen.loops.views import SPLITS, transform_of
+from llmopt.codegen.target import plan_template
 from llmopt.compiler.decompose import composite, expand_op
 from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, tensor
 

@@ -33,6 +33,7 @@ from llmopt.codegen.program import (
     View,
 )
 from llmopt.codegen.select import Selection, is_size, is_view, select_kernels
+from llmopt.codegen.target import target_of
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import is_op, is_tensor, location, outputs, placeholders, tensor, to_expr, view_base
 
@@ -75,8 +76,9 @@ class _Step:
 def lower(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
     """Lowers `graph`, whose first `len(mutations)` outputs are the new values of those arguments.
 
-    Raises UnsupportedError when a size has no source among the inputs.
+    Raises UnsupportedError when a size has no source among the inputs, or tensors lie on several kinds of devices.
     """
+    target_of(graph)
     decompose(graph)
     densify(graph)
     return _Lowering(graph, select_kernels(graph), mutations).run()
@@ -114,6 +116,7 @@ class _Lowering:
             results,
             list(zip(self.mutations, news, strict=True)),
             self.arena_bytes,
+            target=target_of(self.graph).name,
         )
         return Lowered(program, self.selection, self.weights, [unit.nodes for unit, _ in made])
 

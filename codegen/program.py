@@ -17,7 +17,7 @@ from llmopt.codegen.loops.ir import LoopKernel
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel: a C++ template with its arguments, or (template "loop") a fused loop."""
+    """One kernel: a template of the program's target with its arguments, or (template "loop") a fused loop."""
 
     template: str
     arguments: tuple[str, ...] = ()
@@ -115,6 +115,7 @@ class Program:
     mutations: (argument, view of its new value) for arguments that the caller's code writes to.
     arena_bytes: size of the memory that a call needs besides its results.
     batch_invariant: whether kernels are compiled so that a row's result has, to the bit, nothing to do with other rows.
+    target: the kind of device that it runs on, "cpu" or "cuda".
     """
 
     symbols: list[SymbolSource]
@@ -127,6 +128,7 @@ class Program:
     mutations: list[tuple[int, View]] = field(default_factory=list)
     arena_bytes: Index = 0
     batch_invariant: bool = False
+    target: str = "cpu"
 
     @property
     def fallbacks(self) -> list[AtenCall]:

@@ -60,6 +60,7 @@ def to_json(program: Program) -> dict[str, Any]:
         "results": [_result_json(r) for r in program.results],
         "arena_bytes": index.to_json(program.arena_bytes),
         "batch_invariant": program.batch_invariant,
+        "target": program.target,
     }
 
 
@@ -162,7 +163,14 @@ def from_json(data: Any) -> Program:
         [],
         reader.expression(data.get("arena_bytes")),
         reader.flag("batch_invariant"),
+        _target(data.get("target", "cpu")),
     )
+
+
+def _target(name: Any) -> str:
+    if name not in ("cpu", "cuda"):
+        raise ProgramFileError(f"unknown target {str(name)[:40]!r}")
+    return str(name)
 
 
 def _kernel(row: list[Any]) -> KernelSpec:

@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from llmopt.codegen.cpu.templates import PlannedCall, plan_template
+from llmopt.codegen.cpu.templates import PlannedCall
 from llmopt.codegen.loops.group import LoopGroup, plan_loops
+from llmopt.codegen.target import plan_template
 from llmopt.compiler.graph import VIEW_OPS, is_op, is_tensor, outputs, placeholders, tensor, to_expr, view_base
 from llmopt.compiler.verify import Binding, check_bindings
 

@@ -346,11 +346,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 @register_op(
-    "constant(float[] values) -> Tensor",
-    fake=lambda values: torch.empty(len(values), dtype=torch.float32),
-    cost=lambda values: Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(4 * len(values))),
+    "constant(float[] values, *, Device? device=None) -> Tensor",
+    fake=lambda values, *, device=None: torch.empty(len(values), dtype=torch.float32, device=device),
+    cost=lambda values, *, device=None: Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(4 * len(values))),
     samples=lambda dtype, rng: iter([([0.5, -1.25],)]),
 )
-def constant(values: Sequence[float]) -> Tensor:
+def constant(values: Sequence[float], *, device: torch.device | None = None) -> Tensor:
     """A float32 vector that a pass found (ALiBi slopes); computed once when weights are bound, never in a step."""
-    return torch.tensor(list(values), dtype=torch.float32)
+    return torch.tensor(list(values), dtype=torch.float32, device=device)

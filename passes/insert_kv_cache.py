@@ -121,7 +121,7 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
         with graph.inserting_before(first):
             node = graph.placeholder(name)
         with rewriter.mode:
-            node.meta["val"] = torch.empty(shapes[name], dtype=dtype)
+            node.meta["val"] = torch.empty(shapes[name], dtype=dtype, device=tensor(ids).device)
         step.nodes[name] = node
     after = placeholders(graph)[-1].next
     with rewriter.before(after):
@@ -249,7 +249,7 @@ def _replace_attention(
                 cache = graph.placeholder(name)
             with rewriter.mode:
                 shape = (num_blocks, heads, settings.block_size, width)
-                cache.meta["val"] = torch.empty(shape, dtype=spec.storage_dtype)
+                cache.meta["val"] = torch.empty(shape, dtype=spec.storage_dtype, device=tensor(k).device)
             cache.meta["cache"] = spec
             caches.append(cache)
         lookup = [step.nodes[n] for n in ("slot_mapping", "block_tables", "cu_seqlens_q", "seq_lens")]

@@ -16,7 +16,9 @@ from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
 from llmopt.codegen.index import Index, add, evaluate, to_postfix
 from llmopt.codegen.loops.print_cpp import print_kernel
+from llmopt.codegen.loops.print_triton import print_triton
 from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, Value, View
+from llmopt.codegen.triton.templates import template_source
 from llmopt.compiler.errors import InputError
 
 Tensor = torch.Tensor
@@ -40,8 +42,13 @@ def kernel_name(spec: KernelSpec) -> str:
     return f"{spec.template}<{arguments}>" if arguments else spec.template
 
 
-def kernel_source(spec: KernelSpec, batch_invariant: bool = False) -> str:
-    """The translation unit of a kernel; see `Program.batch_invariant`."""
+def kernel_source(spec: KernelSpec, batch_invariant: bool = False, target: str = "cpu") -> str:
+    """The text that a kernel is compiled from: a C++ translation unit, or for "cuda" a module of Triton kernels.
+
+    For `batch_invariant` see `Program.batch_invariant`.
+    """
+    if target == "cuda":
+        return print_triton(spec.loop) if spec.loop is not None else template_source(spec.template)
     if spec.loop is not None:
         return print_kernel(spec.loop, kernel_entry(spec))
     return source_of(spec, kernel_entry(spec), batch_invariant)
@@ -77,6 +84,8 @@ class Executable:
     Raises ToolchainError when the kernels cannot be compiled.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, program: Program, threads: int = 0) -> None:
         self.program = program
         self.threads = threads
@@ -90,13 +99,13 @@ class Executable:
         self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
         self._steps = self._build()
 
-    def _build(self) -> list[NativePlan | AtenCall]:
+    def _build(self) -> list[Any]:
         """Neighbouring kernel calls become one native call."""
         program = self.program
         sources = [kernel_source(spec, program.batch_invariant) for spec in program.kernels]
         library = build_library(sources) if sources else None
         entries = [kernel_entry(spec) for spec in program.kernels]
-        steps: list[NativePlan | AtenCall] = []
+        steps: list[Any] = []
         pending: list[NativeCall] = []
 
         def flush() -> None:
@@ -128,6 +137,11 @@ class Executable:
         ints = tuple(to_postfix(i, self._positions) for i in call.ints)
         label = f"llmopt::{call.origin} [{kernel_name(self.program.kernels[call.kernel])}]"
         return NativeCall(entries[call.kernel], tuple(operands), ints, call.floats, call.sync_after, label)
+
+    @property
+    def num_kernel_runs(self) -> int:
+        """How often one run goes over from ATen, or from the caller, to kernels."""
+        return sum(not isinstance(step, AtenCall) for step in self._steps)
 
     @property
     def native_plans(self) -> list[NativePlan]:
@@ -171,10 +185,10 @@ class Executable:
         sizes = self._sizes_of(arguments)
         needed = sizes.at(program.arena_bytes)
         if self._arena.numel() < needed + 64:
-            self._arena = torch.empty(needed + 64, dtype=torch.uint8)
+            self._arena = torch.empty(needed + 64, dtype=torch.uint8, device=self.device)
         bases[_ARENA] = self._arena.data_ptr() + 63 & ~63
         for slot in self._fresh:
-            tensors[slot] = made = _empty(program.values[slot], sizes)
+            tensors[slot] = made = _empty(program.values[slot], sizes, self.device)
             bases[slot + 1] = made.data_ptr()
         # A profiler sees each kernel by name; without one the calls are not told apart.
         run = self._run_in_spans if _profiling() else self._run_step
@@ -185,9 +199,9 @@ class Executable:
             tensors[slot] = None
         return results
 
-    def _run_step(self, step: NativePlan | AtenCall, sizes: _Sizes) -> None:
-        if isinstance(step, NativePlan):
-            step.run(self._bases, self._symbols, self.threads)
+    def _run_step(self, step: Any, sizes: _Sizes) -> None:
+        if not isinstance(step, AtenCall):
+            self._run_kernels(step, sizes)
         elif self._aten_seconds is None:
             self._run_aten(step, sizes)
         else:
@@ -195,12 +209,14 @@ class Executable:
             self._run_aten(step, sizes)
             self._aten_seconds[id(step)] += time.perf_counter() - begin
 
-    def _run_in_spans(self, step: NativePlan | AtenCall, sizes: _Sizes) -> None:
+    def _run_in_spans(self, step: Any, sizes: _Sizes) -> None:
         if isinstance(step, NativePlan):
             step.run_by_call(self._bases, self._symbols, self.threads, torch.profiler.record_function)
-        else:
+        elif isinstance(step, AtenCall):
             with torch.profiler.record_function(f"llmopt::aten {step.op}"):
                 self._run_aten(step, sizes)
+        else:  # a GPU's kernels have names of their own
+            self._run_kernels(step, sizes)
 
     @property
     def last_sizes(self) -> dict[str, int]:
@@ -239,6 +255,9 @@ class Executable:
         self._symbols[: len(key)] = key
         return sizes
 
+    def _run_kernels(self, step: Any, sizes: Mapping[str, int]) -> None:
+        step.run(self._bases, self._symbols, self.threads)
+
     def _run_aten(self, call: AtenCall, sizes: _Sizes) -> None:
         namespace, name, overload = call.op.split(".")
         op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
@@ -253,7 +272,7 @@ class Executable:
             value = self.program.values[slot]
             strides = tuple(sizes.at(s) for s in value.strides)
             if item.stride() != strides and item.numel() > 1:
-                item = torch.empty_strided(item.shape, strides, dtype=item.dtype).copy_(item)
+                item = torch.empty_strided(item.shape, strides, dtype=item.dtype, device=item.device).copy_(item)
             self._tensors[slot] = item
             self._bases[slot + 1] = item.data_ptr()
 
@@ -293,7 +312,7 @@ class Executable:
         return results
 
 
-def _empty(value: Value, sizes: _Sizes) -> Tensor:
+def _empty(value: Value, sizes: _Sizes, device: torch.device) -> Tensor:
     shape = [sizes.at(s) for s in value.sizes]
     strides = [sizes.at(s) for s in value.strides]
-    return torch.empty_strided(shape, strides, dtype=value.dtype)
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device=device)

@@ -120,7 +120,7 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     program = program_json.from_json(data["program"])
     step = StepProgram(program, _caches(data["caches"]), _positive(data, "block_size", 1024), threads)
     try:
-        step.bind([tensors[name] for name in names])
+        step.bind([tensors[name].to(step.executable.device) for name in names])
     except InputError as error:
         raise ProgramFileError(str(error)) from error
     eos = data["eos_token_ids"]

@@ -35,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.path.is_relative_to(TESTS / "kernels"):
                 item.add_marker(pytest.mark.skip(reason=str(error)))
+    if not torch.cuda.is_available():
+        why = "no NVIDIA GPU" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why}"))
 
 
 @pytest.fixture(autouse=True)
