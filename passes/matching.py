@@ -9,10 +9,18 @@ from typing import Any
 import torch
 from torch.fx.node import Node
 
-from llmopt.compiler.graph import VIEW_OPS, aten, is_op, is_tensor, reachable, same_shape, tensor, to_expr
+from llmopt.compiler.graph import VIEW_OPS, Rewriter, aten, is_op, is_tensor, reachable, same_shape, tensor, to_expr
 
 CAST = aten._to_copy.default
 MAX_INDEX = torch.iinfo(torch.int64).max
+
+
+_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+
+
+def is_grouped_product(node: Any) -> bool:
+    """Whether a node is a grouped matrix product, under any of its names (compared as text: transformers registers)."""
+    return isinstance(node, Node) and node.op == "call_function" and str(node.target) in _GROUPED
 
 
 def is_number(arg: Any) -> bool:
@@ -115,6 +123,17 @@ def transposed(node: Any, a: int, b: int) -> Node | None:
     a, b = a % ndim, b % ndim
     want[a], want[b] = want[b], want[a]
     return x if permutation(node) == want else None
+
+
+def inner_last(rewriter: Rewriter, weights: Node) -> Node:
+    """The second factor `[..., K, N]` of a product as a dense `[..., N, K]`: what it is the transpose of, or a copy.
+
+    A copy of a parameter is made once, when weights are bound.
+    """
+    turned = transposed(weights, -1, -2) or rewriter.call(aten.transpose.int, weights, -1, -2)
+    if tensor(turned).is_contiguous():
+        return turned
+    return rewriter.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
 
 
 def permutation(node: Node) -> list[int]:

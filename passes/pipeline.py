@@ -11,6 +11,7 @@ from llmopt.passes.merge_linears import MergeLinears
 from llmopt.passes.normalize import Normalize, SimplifyViews
 from llmopt.passes.raise_batched_linear import RaiseBatchedLinear
 from llmopt.passes.raise_gated_act import RaiseGatedAct
+from llmopt.passes.raise_grouped_linear import RaiseGroupedLinear
 from llmopt.passes.raise_linear import RaiseLinear
 from llmopt.passes.raise_moe import RaiseMoe
 from llmopt.passes.raise_norms import RaiseNorms
@@ -27,6 +28,7 @@ RAISING: tuple[Pass, ...] = (
     RaiseRope(),
     RaiseGatedAct(),
     RaiseMoe(),
+    RaiseGroupedLinear(),
     RaiseBatchedLinear(),
     SimplifyViews(),
 )
