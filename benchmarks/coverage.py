@@ -224,6 +224,12 @@ def _graphs(record: Record) -> None:
         for fallback in graph.fallbacks:
             found[fallback.op, fallback.reason] += fallback.count
     record["fallbacks"] = [{"op": op, "reason": why, "count": n} for (op, why), n in found.most_common()]
+    passes: dict[str, dict[str, Any]] = {}
+    for report in (report for graph in REPORT.graphs for report in graph.passes):
+        mine = passes.setdefault(report.name, {"matched": 0, "skipped": Counter()})
+        mine["matched"] += report.matched
+        mine["skipped"].update(report.skipped)
+    record["passes"] = passes
     record["graph_breaks"] = sum(counters["graph_break"].values())
     record["graph_break_reasons"] = [re.sub(r"\s+", " ", text)[:200] for text in counters["graph_break"]]
 

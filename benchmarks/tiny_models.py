@@ -134,6 +134,10 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": _DENSE_THEN_EXPERTS,
     "deepseek_v4": {"compress_rates": {"heavily_compressed_attention": 8}},
+    "dory": {
+        **{"layer_types": _SLIDING_AND_FULL * 2, "num_hidden_layers": 4},
+        **{"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    },
     "dots1": {**_DENSE_THEN_EXPERTS, "n_shared_experts": 1},
     "dots3_note": {
         "text_config": {"head_dim": 24},

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx.node import Node
@@ -83,6 +83,67 @@ def slice_range(node: Any) -> tuple[Node, int, Any, Any] | None:
         return None
     start, end, _ = slice(start, end).indices(size)
     return x, dim, start, end
+
+
+class Half(NamedTuple):
+    """One half of the last dimension of `whole`: the first or second (index), or every other entry (interleaved)."""
+
+    whole: Node
+    index: int
+    interleaved: bool
+
+
+def half_of(node: Any) -> Half | None:
+    """What a node is half of: a slice, a piece of a split, or one of the pairs that a view makes of the dimension."""
+    if (piece := slice_range(node)) is not None:
+        whole, dim, start, end = piece
+        size = tensor(whole).shape[-1]
+        if dim == tensor(whole).ndim - 1 and size % 2 == 0 and (start, end) in ((0, size // 2), (size // 2, size)):
+            return Half(whole, int(start > 0), False)
+        return None
+    if is_op(node, aten.slice.Tensor):
+        whole, dim, start, end, step = (*node.args, *(None,) * 5)[:5]
+        size = tensor(whole).shape[dim or 0]
+        is_last = (dim or 0) % tensor(whole).ndim == tensor(whole).ndim - 1
+        if is_last and step == 2 and isinstance(size, int) and size % 2 == 0 and start in (None, 0, 1):
+            return Half(whole, start or 0, True) if end is None or end >= size else None
+        return None
+    split = element(node)
+    if split is not None and is_op(split[0], aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+        whole, pieces = split[0].args[0], split[0].meta["val"]
+        dim = split[0].args[2] if len(split[0].args) > 2 else split[0].kwargs.get("dim", 0)
+        even = len(pieces) == 2 and same_shape(pieces[0].shape, pieces[1].shape)
+        return Half(whole, split[1], False) if even and dim in (-1, tensor(whole).ndim - 1) else None
+    pairs, index = None, 0
+    if split is not None and is_op(split[0], aten.unbind.int):
+        pairs, index = split[0].args[0], split[1]
+        dim = split[0].args[1] if len(split[0].args) > 1 else 0
+    elif is_op(node, aten.select.int):
+        pairs, dim, index = node.args
+    if not is_op(pairs, aten.view.default) or dim not in (-1, tensor(pairs).ndim - 1):
+        return None
+    whole, shape = pairs.args[0], tensor(pairs).shape
+    if shape[-1] != 2 or tensor(whole).ndim != len(shape) - 1 or not same_shape(tensor(whole).shape[:-1], shape[:-2]):
+        return None
+    return Half(whole, index, True) if index in (0, 1) else None
+
+
+def prefix_and_rest(prefix: Any, rest: Any) -> Node | None:
+    """The tensor of which `prefix` and `rest` are the first and the second part of the last dimension."""
+    first, second = slice_range(prefix), slice_range(rest)
+    if first is not None and second is not None:
+        whole, last = first[0], tensor(first[0]).ndim - 1
+        joined = first[1:3] == (last, 0) and second == (whole, last, first[3], tensor(whole).shape[-1])
+        return whole if joined else None
+    parts = element(prefix), element(rest)
+    if parts[0] is None or parts[1] is None or parts[0][0] is not parts[1][0] or (parts[0][1], parts[1][1]) != (0, 1):
+        return None
+    split = parts[0][0]
+    if not is_op(split, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+        return None
+    dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+    whole = split.args[0]
+    return whole if len(split.meta["val"]) == 2 and dim in (-1, tensor(whole).ndim - 1) else None
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
