@@ -16,12 +16,14 @@ from llmopt.passes.raise_linear import RaiseLinear
 from llmopt.passes.raise_moe import RaiseMoe
 from llmopt.passes.raise_norms import RaiseNorms
 from llmopt.passes.raise_rope import RaiseRope
+from llmopt.passes.split_complex import SplitComplex
 from llmopt.passes.substitute_attention import SubstituteAttention
 
 # Any captured graph: from ATen to the vocabulary.
 RAISING: tuple[Pass, ...] = (
     Normalize(),
     EliminateCommon(),
+    SplitComplex(),
     RaiseLinear(),
     RaiseNorms(),
     SubstituteAttention(),
