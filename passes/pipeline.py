@@ -10,6 +10,7 @@ from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.merge_linears import MergeLinears
 from llmopt.passes.normalize import Normalize, SimplifyViews
 from llmopt.passes.raise_batched_linear import RaiseBatchedLinear
+from llmopt.passes.raise_convolution import RaiseConvolution
 from llmopt.passes.raise_gated_act import RaiseGatedAct
 from llmopt.passes.raise_grouped_linear import RaiseGroupedLinear
 from llmopt.passes.raise_linear import RaiseLinear
@@ -24,6 +25,7 @@ RAISING: tuple[Pass, ...] = (
     Normalize(),
     EliminateCommon(),
     SplitComplex(),
+    RaiseConvolution(),
     RaiseLinear(),
     RaiseNorms(),
     SubstituteAttention(),
