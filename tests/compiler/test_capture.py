@@ -75,15 +75,13 @@ def test_dropouts_that_do_nothing_may_be_written_to() -> None:
     def model(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
         y = nn.functional.dropout(x * 2, p=0.1, training=False)
         y *= mask
-        z = torch.dropout(x, 0.0, True)
+        z = torch.dropout(x.cos(), 0.0, True)
         z.add_(1)
         return y, z
 
     x, mask = torch.randn(3, 4), torch.rand(3, 4)
     caught = catch(model, x, mask)
-    assert len(caught.captured.mutations) == 1  # eager's result of such a dropout is its input
-    y, z = model(x.clone(), mask)
-    for result, expected in zip(caught.run(), (z, y, z), strict=True):
+    for result, expected in zip(caught.run(), model(x, mask), strict=True):
         torch.testing.assert_close(result, expected)
     kept = catch(lambda x: nn.functional.dropout(x, 0.5), x).graph
     assert list(nodes_of(kept, aten.dropout.default))

@@ -39,7 +39,28 @@ def test_either_storage(name: str, dtype: torch.dtype) -> None:
 
 
 def test_golden() -> None:
-    assert_golden(rewrite(RaiseGroupedLinear(), with_ends, X, STORED["[E, N, K]"]), "")
+    assert_golden(
+        rewrite(RaiseGroupedLinear(), with_ends, X, STORED["[E, N, K]"]),
+        """\
+arg_0: f32[3, 5, 12]
+arg_1: f32[7, 12]
+arange: i32[3] = aten.arange.start(1, 4, dtype=torch.int32, device=cpu, pin_memory=False)
+mul: i32[3] = aten.mul.Tensor(arange, 2)
+transpose: f32[3, 12, 5] = aten.transpose.int(arg_0, -2, -1)
+cos: f32[7, 12] = aten.cos.default(arg_1)
+grouped_mm_fallback: f32[7, 5] = transformers.grouped_mm_fallback.default(cos, transpose, mul)
+relu: f32[7, 5] = aten.relu.default(grouped_mm_fallback)
+return [relu]
+---
+arg_0: f32[3, 5, 12]
+arg_1: f32[7, 12]
+arange: i32[3] = aten.arange.start(1, 4, dtype=torch.int32, device=cpu, pin_memory=False)
+mul: i32[3] = aten.mul.Tensor(arange, 2)
+cos: f32[7, 12] = aten.cos.default(arg_1)
+grouped_linear: f32[7, 5] = llmopt.grouped_linear.default(cos, arg_0, mul)
+relu: f32[7, 5] = aten.relu.default(grouped_linear)
+return [relu]""",
+    )
 
 
 def test_disabled() -> None:
