@@ -27,7 +27,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -35,6 +35,7 @@ from typing import Any
 
 import torch
 import transformers
+from coverage_table import Record, summary, table
 from tiny_models import FIRST_TOKEN, OTHERS, TYPES, build, class_of, inputs
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -52,10 +53,8 @@ Shapes = tuple[tuple[int, int], ...]
 SHAPES: Shapes = ((2, 19), (1, 19), (3, 33))  # Dynamo compiles a batch of 1 apart
 NEW_TOKENS = 8
 TOLERANCE = 2e-3  # largest difference of logits, in standard deviations of eager's
-GOOD_SHARE = 0.90
 
 Forward = Callable[[Mapping[str, Any]], Tensor]
-Record = dict[str, Any]
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -338,69 +337,6 @@ def _records(folder: Path) -> Iterator[Record]:
             yield json.loads(path.read_text("utf-8"))
 
 
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _notes(record: Record) -> str:
-    """What a reader has to know of a type: the error, refused graphs, and the fallbacks in short."""
-    if "error" in record:
-        return str(record["error"])[:120]
-    refused = [re.search(r"error: .*", text) or re.match(".*", text) for text in record.get("refused", [])]
-    parts = [f"refused: {text[0][:80]}" for text in refused[:1] if text]
-    ops = Counter({f["op"].removeprefix("aten.").removesuffix(".default"): 0 for f in record.get("fallbacks", [])})
-    for item in record.get("fallbacks", []):
-        ops[item["op"].removeprefix("aten.").removesuffix(".default")] += item["count"]
-    parts += [f"{count} {op}" for op, count in ops.most_common(5)]
-    return ", ".join(parts) + (", ..." if len(ops) > 5 else "")
-
-
-def summary(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The headline figures, by name."""
-    causal = [record for record in records if record["type"] in TYPES]
-    others = [record for record in records if record["type"] in OTHERS]
-    statuses = Counter(record["status"] for record in causal)
-    shares = [r["flop_share"] for r in causal if r["status"] == "right" and r.get("flop_share") is not None]
-    good = sum(share >= GOOD_SHARE for share in shares)
-    return [
-        ("causal types", f"{len(TYPES)}, of which {len(causal)} were run"),
-        ("of these with a batch of 1, too", str(sum([1, 19] in record.get("shapes", []) for record in causal))),
-        ("run in eager mode", str(len(causal) - statuses["no eager"])),
-        ("right", f"**{statuses['right']} of {len(TYPES)}**"),
-        ("silently wrong", str(statuses["wrong"])),
-        ("errors, crashes, timeouts", f"{statuses['error']}, {statuses['crash']}, {statuses['timeout']}"),
-        ("same greedy tokens", str(sum(bool(record.get("tokens_equal")) for record in causal))),
-        (f"right, with {GOOD_SHARE:.0%} or more of the FLOPs in llmopt's kernels", str(good)),
-        ("encoders and others, right", f"{sum(r['status'] == 'right' for r in others)} of {len(OTHERS)}"),
-    ]
-
-
-def table(records: Sequence[Record], conditions: Mapping[str, Any]) -> str:
-    """The results in Markdown."""
-    lines = ["# Coverage of transformers' models", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(records)), ""]
-    lines += [
-        f"Tiny random models in float32 without a cache; shapes {', '.join(f'{b} x {s}' for b, s in SHAPES)}. Right: "
-        f"no logit differs by more than {TOLERANCE:g} standard deviations. FLOPs are those of matrix products and "
-        "attention in eager mode; the share is what does not reach ATen. Compile time is that of the first call. "
-        "`python benchmarks/coverage.py` makes this file.",
-        "",
-        ", ".join(f"{name} {value}" for name, value in conditions.items()),
-        "",
-        "| type | class | result | max diff | tokens | graphs | breaks | FLOP share | compile s | Inductor s | notes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        tokens = {True: "equal", False: "differ", None: "-"}[r.get("tokens_equal")]
-        peer = r.get("inductor", {})
-        other = f"{_number(peer.get('compile_s'), '.1f')}{'' if not peer or peer.get('right') else ' (wrong)'}"
-        share, difference = _number(r.get("flop_share"), ".0%"), _number(r.get("difference"), ".1e")
-        cells = [r["type"], r["class"], r["status"], difference, tokens, _number(r.get("graphs"), "d")]
-        cells += [_number(r.get("graph_breaks"), "d"), share, _number(r.get("compile_s"), ".1f"), other, _notes(r)]
-        lines.append("| " + " | ".join(re.sub(r"[|\s]+", " ", cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def render(folder: Path) -> None:
     """Writes results/coverage.json and .md from the records that there are."""
     from harness import conditions
@@ -409,7 +345,7 @@ def render(folder: Path) -> None:
     where = conditions(shapes=[list(shape) for shape in SHAPES], new_tokens=NEW_TOKENS, tolerance=TOLERANCE)
     _save({"conditions": where, "summary": dict(summary(records)), "types": records}, RESULTS / "coverage.json")
     named = ("time", "revision", "cpu", "cores", "instruction_set", "torch", "transformers")
-    text = table(records, {name: where[name] for name in named})
+    text = table(records, SHAPES, TOLERANCE, {name: where[name] for name in named})
     (RESULTS / "coverage.md").write_text(text, "utf-8")
     print("\n".join(f"{name}: {value}" for name, value in summary(records)))
 
