@@ -56,7 +56,7 @@ class RaiseConvolution(Pass):
             if not context.burn():
                 break
             with rewriter.before(node):
-                new = expand_op(rewriter, node, lambda x, w, b=None, *_, form=form, what=what: form(x, w, b, what))
+                new = expand_op(rewriter, node, _applied(form, what))
             if new is None:
                 report.skipped["the parts are no single value"] += 1
                 continue
@@ -90,6 +90,15 @@ def _form(node: Node, what: _Convolution) -> Callable[..., Tensor] | str:
     if tuple(kernel) == what.stride and not any(what.padding) and set(what.dilation) == {1}:
         return _patches
     return _windows if is_sequence else "windows that overlap in several dimensions, or long ones"
+
+
+def _applied(form: Callable[..., Tensor], what: _Convolution) -> Callable[..., Tensor]:
+    """A form as a function of the convolution's own arguments."""
+
+    def convolution(input: Tensor, weight: Tensor, bias: Tensor | None = None, *_: Any, **__: Any) -> Tensor:
+        return form(input, weight, bias, what)
+
+    return convolution
 
 
 def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
