@@ -88,6 +88,8 @@ def same_result(new: Node, old: Node) -> bool:
 
 def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Whether strides agree, where they matter."""
+    if a.ndim != b.ndim:
+        return False
     triples = zip(a.shape, a.stride(), b.stride(), strict=True)
     return all((isinstance(size, int) and size == 1) or same_size(one, other) for size, one, other in triples)
 
