@@ -83,7 +83,7 @@ def _form(node: Node, what: _Convolution) -> Callable[..., Tensor] | str:
     if not all(isinstance(size, int) for size in tensor(weight).shape):
         return "the kernel is of symbolic size"
     is_sequence = len(kernel) == 1 and kernel[0] <= MAX_TAPS
-    if is_sequence and channels == 1 and what.groups == tensor(weight).shape[0] == tensor(x).shape[1]:
+    if is_sequence and channels == 1 and what.groups == tensor(weight).shape[0]:
         return _depthwise
     if what.groups != 1:
         return "channels in groups"
@@ -115,12 +115,14 @@ def _taps(x: Tensor, size: int, what: _Convolution) -> list[Tensor]:
 
 
 def _depthwise(x: Tensor, weight: Tensor, bias: Tensor | None, what: _Convolution) -> Tensor:
-    """`x[B, C, L]` with `weight[C, 1, K]`."""
-    products = [tap * weight[:, :, k] for k, tap in enumerate(_taps(x, weight.shape[2], what))]
+    """`x[B, C, L]` with `weight[C, 1, K]`; the sum is kept in float32 and rounded once."""
+    wide = torch.promote_types(x.dtype, torch.float32)
+    taps = _taps(x.to(wide), weight.shape[2], what)
+    products = [tap * weight[:, :, k].to(wide) for k, tap in enumerate(taps)]
     total = products[0]
     for product in products[1:]:
         total = total + product
-    return total if bias is None else total + bias[:, None]
+    return (total if bias is None else total + bias.to(wide)[:, None]).to(x.dtype)
 
 
 def _windows(x: Tensor, weight: Tensor, bias: Tensor | None, what: _Convolution) -> Tensor:

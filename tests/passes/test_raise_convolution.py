@@ -43,6 +43,12 @@ def test_convolutions(name: str, dynamic: bool) -> None:
     assert op is None or result.count(op) == 1
 
 
+def test_half_precision_is_summed_in_float32() -> None:
+    layer = torch.nn.Conv1d(6, 6, 4, padding=3, groups=6).bfloat16()
+    result = rewrite(RaiseConvolution(), layer, SEQUENCE.bfloat16())
+    assert result.report.matched == 1
+
+
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["depthwise, causal", "windows, strided", "patches"])
 def test_through_the_backend(name: str) -> None:
