@@ -7,6 +7,8 @@ from pathlib import Path
 
 import pytest
 import torch
+from coverage import FlopCount, measure
+from coverage_table import summary, table
 from harness import Contestant, Result, conditions, run_rounds, save
 from models.zoo import build, greedy, prompts
 from peers import StepDecoder, eager_decoder, inductor_decoder
@@ -93,3 +95,30 @@ def test_a_probe_reads_plausible_numbers(probe: Probe) -> None:
     assert reading.threads == 1
     assert 0.5 < reading.read_gb_s < 2000  # 8 MB may lie in a cache
     assert 0.5 < reading.fma_gflop_s < 2000
+
+
+def test_the_sweep_counts_what_reaches_aten() -> None:
+    x, w, q = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 4, 7, 16)
+    with FlopCount() as count, torch.no_grad():
+        torch.nn.functional.linear(x, w)
+    assert count.total == 2 * 3 * 5 * 8
+    with FlopCount() as count, torch.no_grad():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert count.total == 2 * 2 * (2 * 4) * 7 * 7 * 16
+    with FlopCount() as count, torch.no_grad():
+        torch.ops.llmopt.linear(x, [w], [None])  # a reference, not a kernel: its products are ATen's
+    assert count.total == 2 * 3 * 5 * 8 and sum(count.own.values()) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "ViTForImageClassification"])
+@torch.no_grad()
+def test_the_sweep_of_one_type(name: str) -> None:
+    seen: list[str] = []
+    record = measure(name, False, ((2, 19),), lambda record: seen.append(record["step"]))
+    assert record["status"] == "right" and record["flop_share"] == 1.0 and record["difference"] < 1e-4
+    assert record["tokens_equal"] is (True if name == "gpt2" else None)
+    assert seen[0] == "eager" and any("greedy" in step for step in seen)
+    text = table([record], [(2, 19)], 2e-3, {"torch": "x"})
+    assert f"| {name} |" in text
+    causal, others = (dict(summary([record]))[key].lstrip("*")[0] for key in ("right", "encoders and others, right"))
+    assert (causal, others) == (("1", "0") if name == "gpt2" else ("0", "1"))
