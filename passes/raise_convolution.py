@@ -70,8 +70,12 @@ def _settings(node: Node) -> _Convolution:
     given: dict[str, Any] = {"stride": [1], "padding": [0], "dilation": [1], "groups": 1}
     given |= dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
     rank = tensor(node).ndim - 2
-    each = lambda value: tuple(value) if len(value) == rank else tuple(value) * rank  # noqa: E731
-    return _Convolution(*(each(given[name]) for name in ("stride", "padding", "dilation")), given["groups"])
+
+    def each(name: str) -> tuple[int, ...]:
+        values = tuple(given[name])
+        return values if len(values) == rank else values * rank
+
+    return _Convolution(each("stride"), each("padding"), each("dilation"), given["groups"])
 
 
 def _form(node: Node, what: _Convolution) -> Callable[..., Tensor] | str:

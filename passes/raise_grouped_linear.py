@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import fx
 
@@ -28,7 +29,8 @@ class RaiseGroupedLinear(Pass):
         for node in list(graph.nodes):
             if node._erased or not is_grouped_product(node):
                 continue
-            x, weights, ends, *rest = (*node.args, *node.kwargs.values())
+            args: Any = (*node.args, *node.kwargs.values())
+            x, weights, ends, *rest = args
             if not is_tensor(ends) or any(item is not None for item in rest):
                 report.skipped["other arguments than x, weights and ends"] += 1
                 continue

@@ -193,4 +193,4 @@ def _partial(node: Node, x: Node) -> tuple[Node, Node]:
     if len(pieces) != 2 or pieces[0] is not node or dim not in (-1, tensor(node).ndim - 1):
         return node, x
     whole = prefix_and_rest(x, pieces[1])
-    return (user, whole) if whole is not None else (node, x)  # type: ignore[return-value]
+    return (user, whole) if whole is not None else (node, x)

@@ -124,7 +124,7 @@ def _joined(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
 _SPLIT: dict[Any, Callable[[Rewriter, Node, dict[Node, Parts]], Parts]] = {
     aten.polar.default: _polar,
     aten.view_as_complex.default: _pairs,
-    aten.complex.default: lambda rewriter, node, parts: (node.args[0], node.args[1]),  # type: ignore[return-value]
+    aten.complex.default: lambda rewriter, node, parts: (node.args[0], node.args[1]),
     aten.mul.Tensor: _product,
     aten._conj.default: _conjugate,
     aten.view.default: _viewed,
