@@ -15,6 +15,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -146,7 +147,7 @@ def attention_decode() -> list[Row]:
         result = call()
         keys, values = (c[indices[1].long()].transpose(2, 3).flatten(1, 2)[:, :context].transpose(1, 2) for c in caches)
         dense = [t.contiguous() for t in (q[0][:, :, None], keys, values)]
-        attend = lambda dense=dense: F.scaled_dot_product_attention(*dense, enable_gqa=True)  # noqa: E731
+        attend = partial(F.scaled_dot_product_attention, dense[0], dense[1], dense[2], enable_gqa=True)
         check(result, attend()[:, :, 0][None], f"decode attention {batch} x {context}")
         moved = 2 * 2 * batch * context * GROUPS * SIZE
         peer = seconds(attend)
@@ -164,7 +165,7 @@ def attention_prefill() -> list[Row]:
         q, k, v = make(heads), make(groups), make(groups)
         call = program_of("attention", (q, k, v, None, True, size**-0.5, 0.0, 0, None, None))
         parts = [t.transpose(1, 2) for t in (q, k, v)]
-        attend = lambda parts=parts: F.scaled_dot_product_attention(*parts, is_causal=True, enable_gqa=True)  # noqa: E731
+        attend = partial(F.scaled_dot_product_attention, parts[0], parts[1], parts[2], is_causal=True, enable_gqa=True)
         check(call(), attend().transpose(1, 2), f"prefill attention {length}")
         flops = 2 * length * length * heads * size  # half of it is hidden by causality
         moved = 2 * length * size * 2 * (heads + groups)

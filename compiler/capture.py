@@ -105,6 +105,23 @@ def _bake_floats(gm: fx.GraphModule, values: dict[int, float]) -> None:
     gm.recompile()
 
 
+def _drop_dropouts(gm: fx.GraphModule) -> None:
+    """Replaces each dropout that does nothing by its input, which is what PyTorch returns then.
+
+    Exporting refuses a write to a dropout's result, which models do at inference.
+    """
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in (torch.nn.functional.dropout, torch.dropout):
+            continue
+        names = ("input", "p", "train" if node.target is torch.dropout else "training")
+        given = {"p": 0.5, "training": True} | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        active = given.get("train", given["training"])
+        if (active is False or given["p"] == 0) and isinstance(given["input"], Node):
+            node.replace_all_uses_with(given["input"])
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
 def _weight_name(node: Node) -> str | None:
     """Qualified name of the parameter or buffer behind a Dynamo placeholder, or None for a user's input."""
     argument = node.meta.get("grapharg")
@@ -134,6 +151,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             _check_tensor(node, val)
     copy = fx.GraphModule(gm, _copy_graph(gm.graph))
     _bake_floats(copy, floats)
+    _drop_dropouts(copy)
     with torch.no_grad():
         module, signature = aot_export_module(copy, values, trace_joint=False, pre_dispatch=True, decompositions={})
     exported: Any = module

@@ -10,6 +10,8 @@ import compile_cpu
 import compile_models
 import pytest
 import torch
+from coverage import FlopCount, measure
+from coverage_table import summary, table
 from harness import Contestant, Result, conditions, run_rounds, save
 from models.zoo import build, greedy, prompts
 from peers import StepDecoder, eager_decoder, inductor_decoder
@@ -148,3 +150,30 @@ def test_first_calls_stand_on_the_best_process(tmp_path: Path) -> None:
     throughput = {"median": {"inductor": {"batch 1": 2.0}, "llmopt": {"batch 1": 3.0}, "eager": {"batch 1": None}}}
     assert compile_cpu.plot({"a": first_call, "b-float32": throughput}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_sweep_counts_what_reaches_aten() -> None:
+    x, w, q = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 4, 7, 16)
+    with FlopCount() as count, torch.no_grad():
+        torch.nn.functional.linear(x, w)
+    assert count.total == 2 * 3 * 5 * 8
+    with FlopCount() as count, torch.no_grad():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert count.total == 2 * 2 * (2 * 4) * 7 * 7 * 16
+    with FlopCount() as count, torch.no_grad():
+        torch.ops.llmopt.linear(x, [w], [None])  # a reference, not a kernel: its products are ATen's
+    assert count.total == 2 * 3 * 5 * 8 and sum(count.own.values()) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "ViTForImageClassification"])
+@torch.no_grad()
+def test_the_sweep_of_one_type(name: str) -> None:
+    seen: list[str] = []
+    record = measure(name, False, ((2, 19),), lambda record: seen.append(record["step"]))
+    assert record["status"] == "right" and record["flop_share"] == 1.0 and record["difference"] < 1e-4
+    assert record["tokens_equal"] is (True if name == "gpt2" else None)
+    assert seen[0] == "eager" and any("greedy" in step for step in seen)
+    text = table([record], [(2, 19)], 2e-3, {"torch": "x"})
+    assert f"| {name} |" in text
+    causal, others = (dict(summary([record]))[key].lstrip("*")[0] for key in ("right", "encoders and others, right"))
+    assert (causal, others) == (("1", "0") if name == "gpt2" else ("0", "1"))

@@ -34,6 +34,7 @@ _ACTIVATION = {
 HEADERS: dict[str, str] = {
     "linear": "linear.h",
     "batched_linear": "batched_linear.h",
+    "grouped_linear": "grouped_linear.h",
     "moe": "moe.h",
     "attention": "attention.h",
     "attention_contiguous": "attention.h",
@@ -190,6 +191,25 @@ def _batch_levels(parts: Sequence[Layout]) -> tuple[list[Expr], list[list[Expr]]
             batch.append(size)
             strides = [[*done, s] for done, s in zip(strides, here, strict=True)]
     return batch, strides
+
+
+def plan_grouped_linear(node: Node) -> Plan:
+    """llmopt::grouped_linear."""
+    x, weights, ends = node.args
+    dtype = _float(x)
+    index = {torch.int64: "std::int64_t", torch.int32: "std::int32_t"}.get(tensor(ends).dtype)
+    if dtype is None or index is None or tensor(weights).dtype != tensor(x).dtype:
+        return f"no kernel for {tensor(x).dtype} and {tensor(weights).dtype}, ends of {tensor(ends).dtype}"
+    if not layout(weights).is_contiguous or not layout(ends).is_contiguous:
+        return "weights or ends are not contiguous"
+    source, target = _rows(x), _rows(node)
+    if isinstance(source, str):
+        return source
+    if isinstance(target, str):
+        return target
+    groups, n, k = (to_expr(s) for s in tensor(weights).shape)
+    ints = (source[0], k, n, groups, source[1], target[1])
+    return [PlannedCall(KernelSpec("grouped_linear", (dtype, index)), (x, weights, ends, node), ints, (), (node,))]
 
 
 def _plan_norm(node: Node, x: Node, residual: Node | None, rest: tuple[Any, ...], parts: list[Node | None]) -> Plan:
@@ -484,6 +504,7 @@ def plan_index_copy(node: Node) -> Plan:
 PLANNERS: dict[Any, Callable[[Node], Plan | None]] = {
     llmopt_ops.linear.default: plan_linear,
     llmopt_ops.batched_linear.default: plan_batched_linear,
+    llmopt_ops.grouped_linear.default: plan_grouped_linear,
     llmopt_ops.rms_norm.default: plan_norm,
     llmopt_ops.layer_norm.default: plan_norm,
     llmopt_ops.add_rms_norm.default: plan_add_norm,

@@ -57,10 +57,10 @@ _BY_KIND = {
     "fmod": ("f.int_trunc_mod", "%"),
     "pow": ("f.int_pow", "f.float_pow"),
 }
-_EXTREME: dict[DType, tuple[str, str]] = {
+_EXTREME: dict[str, tuple[str, str]] = {
     "float32": ('-float("inf")', 'float("inf")'),
     "float64": ('-float("inf")', 'float("inf")'),
-    **{f"int{n}": (str(-(1 << n - 1)), str((1 << n - 1) - 1)) for n in (64, 32, 16, 8)},  # type: ignore[dict-item]
+    **{f"int{n}": (str(-(1 << n - 1)), str((1 << n - 1) - 1)) for n in (64, 32, 16, 8)},
     "uint8": ("0", "255"),
     "bool": ("False", "True"),
 }
@@ -190,7 +190,7 @@ def _neutral(accumulator: Accumulator) -> str:
 
 
 def _reduced(accumulator: Accumulator, number: int) -> str:
-    kind = accumulator.kind
+    kind: str = accumulator.kind
     if kind in ("max", "min"):
         kind += "_float" if accumulator.dtype.startswith("float") else "_int"
     if accumulator.dtype == "bool" and accumulator.kind in ("max", "min"):

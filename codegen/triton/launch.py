@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmopt.codegen.cpu.toolchain import cache_folder
+from llmopt.codegen.cpu.object_cache import cache_folder
 from llmopt.compiler.errors import ToolchainError
 
 KERNELS = "llmopt.codegen.triton.kernels"

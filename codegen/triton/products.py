@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import sympy
 import torch
 
@@ -71,7 +73,7 @@ def _segments(
     b = call.present(*biases, *([None] * lack))
     n = (*sizes, *([0] * lack))
     flags = {f"B{i}": i < len(biases) and biases[i] is not None for i in range(SEGMENTS)}
-    constants = {"SEGMENTS": len(sizes), **flags}
+    constants: dict[str, Any] = {"SEGMENTS": len(sizes), **flags}
     streamed = rows <= GEMV_ROWS
     if streamed:
         m = power(rows)

@@ -24,8 +24,6 @@ from llmopt.codegen.triton.launch import Device, Launch
 from llmopt.codegen.triton.moe import MOE, moe_workspace
 from llmopt.codegen.triton.products import BATCHED, LINEAR, linear_workspace
 
-Expr = sympy.Expr
-
 MAX_COLUMNS = 32768  # of a norm's row, which one program holds whole
 MAX_TOPK = 16384  # likewise
 
@@ -159,7 +157,7 @@ def _any(call: PlannedCall) -> str | None:
     return None
 
 
-def _workspace(size: Callable[[PlannedCall], Expr | None]) -> Replan:
+def _workspace(size: Callable[[PlannedCall], sympy.Expr | None]) -> Replan:
     """Temporary memory as the GPU kernel needs it: the last operand, in place of one for the CPU."""
 
     def replan(call: PlannedCall) -> PlannedCall:
