@@ -58,11 +58,16 @@ inline std::int64_t row_bytes(std::int64_t dim) {
 template <class S>
 constexpr float kCodeUnit = std::is_same<S, f8e4m3>::value ? 256.0f : 1.0f;
 
+// Whether the machine has vectors of this size, rather than the compiler emulating them.
+#if (LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (LLMOPT_VECTOR_BYTES == 32 && defined(__AVX2__))
+#define LLMOPT_WIDEN_BYTES 1
+#else
+#define LLMOPT_WIDEN_BYTES 0
+#endif
+
 LLMOPT_INLINE vf load(const i8* p) {
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return (vf)_mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
-#elif LLMOPT_VECTOR_BYTES == 32 && defined(__AVX2__)
-  return (vf)_mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+#if LLMOPT_WIDEN_BYTES
+  return __builtin_convertvector((x86::widen_i8<vi, kLanes>(p)), vf);
 #else
   vf v;
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i].code);
@@ -71,16 +76,10 @@ LLMOPT_INLINE vf load(const i8* p) {
 }
 // The bits of e4m3 are those of a half whose exponent is 8 too small, denormals included.
 LLMOPT_INLINE vf load(const f8e4m3* p) {
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const __m256i wide = _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m256i sign = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x80)), 8);
-  const __m256i rest = _mm256_slli_epi16(_mm256_and_si256(wide, _mm256_set1_epi16(0x7f)), 7);
-  return (vf)_mm512_cvtph_ps(_mm256_or_si256(sign, rest));
-#elif LLMOPT_VECTOR_BYTES == 32 && defined(__F16C__)
-  const __m128i wide = _mm_cvtepu8_epi16(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m128i sign = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x80)), 8);
-  const __m128i rest = _mm_slli_epi16(_mm_and_si128(wide, _mm_set1_epi16(0x7f)), 7);
-  return (vf)_mm256_cvtph_ps(_mm_or_si128(sign, rest));
+#if LLMOPT_WIDEN_BYTES && defined(__F16C__)
+  const vh wide = x86::widen_u8_to_u16<vh, kLanes>(p);
+  const vh half = (wide & 0x80) << 8 | (wide & 0x7f) << 7;
+  return x86::halves_to_floats<vf>(half);
 #else
   vf v;
   for (int i = 0; i < kLanes; ++i)
@@ -92,14 +91,9 @@ LLMOPT_INLINE vf load(const f8e4m3* p) {
 LLMOPT_INLINE vf load_nibbles(const i4* row, std::int64_t d) {
   const i4* p = row + d / kInt4Block * (kInt4Block / 2) + d % (kInt4Block / 2);
   const int shift = d % kInt4Block < kInt4Block / 2 ? 0 : 4;
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const __m512i wide = _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-  const __m512 value = _mm512_set_ps(15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3, 2, 1, 0);
-  return (vf)_mm512_permutexvar_ps(_mm512_srl_epi32(wide, _mm_cvtsi32_si128(shift)), value);  // reads four bits
-#elif LLMOPT_VECTOR_BYTES == 32 && defined(__AVX2__)
-  const __m256i wide = _mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p)));
-  const __m256i moved = _mm256_srl_epi32(wide, _mm_cvtsi32_si128(shift));
-  return (vf)_mm256_cvtepi32_ps(_mm256_and_si256(moved, _mm256_set1_epi32(15)));
+#if LLMOPT_WIDEN_BYTES
+  const vi wide = x86::widen_u8<vi, kLanes>(p);
+  return __builtin_convertvector(wide >> shift & 15, vf);
 #else
   vf v;
   for (int i = 0; i < kLanes; ++i) v[i] = static_cast<float>(p[i].codes >> shift & 15);

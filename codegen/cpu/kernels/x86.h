@@ -80,6 +80,32 @@ LLMOPT_INLINE To floats_to_halves(From v) {
 #endif
 #endif
 
+// The bytes at `p`, one a lane; the instruction reads them itself.
+template <int N>
+struct Bytes {
+  std::uint8_t at[N];
+};
+#if defined(__AVX2__)
+template <class To, int N>
+LLMOPT_INLINE To widen_i8(const void* p) {
+  To wide;
+  asm("vpmovsxbd %1, %0" : "=v"(wide) : "m"(*static_cast<const Bytes<N>*>(p)));
+  return wide;
+}
+template <class To, int N>
+LLMOPT_INLINE To widen_u8(const void* p) {
+  To wide;
+  asm("vpmovzxbd %1, %0" : "=v"(wide) : "m"(*static_cast<const Bytes<N>*>(p)));
+  return wide;
+}
+template <class To, int N>
+LLMOPT_INLINE To widen_u8_to_u16(const void* p) {
+  To wide;
+  asm("vpmovzxbw %1, %0" : "=v"(wide) : "m"(*static_cast<const Bytes<N>*>(p)));
+  return wide;
+}
+#endif
+
 #if defined(__AVX512BF16__)
 template <class To, class From>
 LLMOPT_INLINE To floats_to_bf16(From v) {
