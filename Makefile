@@ -11,8 +11,9 @@ PYTEST_ARGS ?=
 # Most of a test is Dynamo tracing on one core: files run side by side.
 WORKERS ?= 2
 BENCH_ARGS ?=
+GPU_ARGS ?=
 
-.PHONY: help setup test test-all lint format typecheck bench demo clean
+.PHONY: help setup test test-all test-gpu lint format typecheck bench bench-gpu demo clean
 
 help: ## list the targets
 	@sed -n 's/^\([a-z-]*\):.*## /  make \1\t/p' $(MAKEFILE_LIST) | expand -t 18
@@ -49,6 +50,9 @@ test: lint typecheck ## ruff, mypy and the tests (what CI runs)
 test-all: lint typecheck ## the same with the long sweeps
 	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
 
+test-gpu: $(STAMP) ## kernels and whole models on an NVIDIA GPU (needs a PyTorch with CUDA)
+	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests/gpu
+
 lint: $(STAMP) ## ruff check and ruff format --check
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
@@ -62,6 +66,9 @@ typecheck: $(STAMP) ## mypy --strict on the sources
 
 bench: $(STAMP) ## decode and prefill of a 1B shape against eager and Inductor
 	$(BIN)/python benchmarks/decode_cpu.py $(BENCH_ARGS)
+
+bench-gpu: $(STAMP) ## kernels and decode on an NVIDIA GPU, part by part; resumable, the table comes last
+	$(BIN)/python benchmarks/gpu_bench.py $(GPU_ARGS)
 
 demo: $(STAMP) ## complete real prompts by eager, Inductor and llmopt side by side
 	$(BIN)/python examples/demo.py

@@ -244,7 +244,8 @@ def _environment() -> dict[str, Any]:
 
     import torch
 
-    from llmopt.codegen.cpu.toolchain import cache_folder, find_compiler, host_level
+    from llmopt.codegen.cpu.object_cache import cache_folder
+    from llmopt.codegen.cpu.toolchain import find_compiler, host_level
     from llmopt.compiler.errors import ToolchainError
 
     found: dict[str, Any] = {"llmopt": llmopt.__version__, "python": platform.python_version()}

@@ -58,6 +58,7 @@ def make_report(kind: str, graph: fx.Graph, passes: list[PassReport], lowered: L
         kernel_uses(program),
         [Fallback(step.op, step.reason, step.location) for step in program.fallbacks],
         [Fallback(str(n.target), reason, location(n)) for n, reason in selection.rejected.items()],
+        batch_invariant=program.batch_invariant,
         make_details=lambda: graph_details(graph, lowered, kind == "step"),
     )
 
@@ -82,7 +83,7 @@ def compile_backend(
     report.captured = before
     _check_fallbacks(report, options)
     compiled = CompiledGraph(captured.graph, lowered, captured.constants, options.threads)
-    report.native_calls = len(compiled.executable.native_plans)
+    report.native_calls = compiled.executable.num_kernel_runs
     report.program = weakref.ref(compiled)
     report.seconds = {
         "capture": traced - start,
@@ -93,6 +94,10 @@ def compile_backend(
 
 
 def _check_fallbacks(report: GraphReport, options: Options) -> None:
+    if report.batch_invariant and report.fallbacks:
+        first = report.fallbacks[0]
+        reason = f"not batch invariant, it runs on ATen: {first.reason}"
+        raise UnsupportedError(reason, operation=first.op, location=first.location)
     if not report.fallbacks or options.fallback == "silent":
         return
     first = report.fallbacks[0]
@@ -129,9 +134,10 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
     _mark_weights(captured)
     graph = captured.graph
     before = graph_text(graph, renumber=False) if options.record_graphs else None
-    passes = run_pipeline(graph, step_pipeline(options.block_size), options)
+    passes = run_pipeline(graph, step_pipeline(options.block_size, options.kv_cache_dtype), options)
     passed = time.perf_counter()
     lowered = lower(graph)
+    lowered.program.batch_invariant = options.batch_invariant
     report = make_report("step", graph, passes, lowered)
     report.captured = before
     _check_fallbacks(report, options)
@@ -141,7 +147,7 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
         if spec is not None and spec not in caches:
             caches.append(spec)
     program = StepProgram(lowered.program, caches, options.block_size, options.threads)
-    report.native_calls = len(program.executable.native_plans)
+    report.native_calls = program.executable.num_kernel_runs
     report.program = weakref.ref(program)
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}
     binder = WeightBinder(graph, lowered.weights)

@@ -56,7 +56,7 @@ class ModelEngine:
         # Tied weights are one argument of the graph, so a tie that is broken later needs another graph.
         first: dict[int, str] = {}
         ties = [first.setdefault(id(t), name) for name, t in tensors.items()]
-        layouts = ((name, t.dtype, tuple(t.shape), t.stride()) for name, t in tensors.items())
+        layouts = ((name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items())
         signature = (*layouts, *ties)
         if signature not in self._compiled:
             self._compiled[signature] = self._compile(tensors)
@@ -66,7 +66,8 @@ class ModelEngine:
         return step.program
 
     def _compile(self, tensors: Mapping[str, torch.Tensor]) -> tuple[CompiledStep, list[str | torch.Tensor | None]]:
-        captured, arguments = trace_forward(self.info.forward, self.info.max_model_len - 1)
+        device = next((t.device for t in tensors.values()), torch.device("cpu"))
+        captured, arguments = trace_forward(self.info.forward, self.info.max_model_len - 1, device)
         by_identity = {id(tensor): name for name, tensor in tensors.items()}
         names: list[str | torch.Tensor | None] = []
         for index, argument in enumerate(arguments):

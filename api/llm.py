@@ -75,7 +75,9 @@ _NOT_SERVED: dict[str, Any] = {
     "structured_outputs": None,
 }
 # Options that shape the compiled program; the others are about running it.
-_DECIDED_AT_EXPORT = frozenset({"dtype", "block_size", "disabled_passes", "fuel", "verify", "fallback"})
+_DECIDED_AT_EXPORT = frozenset(
+    {"dtype", "block_size", "kv_cache_dtype", "batch_invariant", "disabled_passes", "fuel", "verify", "fallback"}
+)
 
 
 class LLM:

@@ -19,11 +19,13 @@ class _Done(Exception):
     """Leaves the compiled call once the graph is in hand."""
 
 
-def trace_forward(forward: Forward, length: int) -> tuple[Captured, list[Any]]:
+def trace_forward(forward: Forward, length: int, device: torch.device | str = "cpu") -> tuple[Captured, list[Any]]:
     """The graph of `forward(input_ids[1, S]) -> logits[1, S, V]` with S symbolic, and its arguments.
 
     Dynamo works on fake tensors and the result is never run, so `length` costs nothing. It should be the longest
     sequence that the model takes: a sliding window shows in the graph only if the prompt is longer than the window.
+
+    `device` is the model's.
 
     Raises UnsupportedError when the model breaks the graph, with Dynamo's reason.
     """
@@ -44,7 +46,7 @@ def trace_forward(forward: Forward, length: int) -> tuple[Captured, list[Any]]:
     # A code object of its own: Dynamo counts recompilations by code object, and other models have passed here.
     code = template.__code__.replace(co_name=f"forward_{id(forward):x}")
     fresh = types.FunctionType(code, template.__globals__, "forward", None, template.__closure__)
-    ids = torch.zeros((1, max(2, length)), dtype=torch.int64)
+    ids = torch.zeros((1, max(2, length)), dtype=torch.int64, device=device)
     torch._dynamo.mark_dynamic(ids, 1)
     try:
         with torch.no_grad():

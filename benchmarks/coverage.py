@@ -1,4 +1,4 @@
-"""Which of transformers' causal language models llmopt compiles, and how much of them: a sweep over all types.
+"""Which of transformers' models llmopt compiles, and how much of them: a sweep over all causal types, and some others.
 
 Every type is built tiny (`tiny_models.py`) and runs in a process of its own, forked after the imports: eager beside
 `torch.compile(..., backend="llmopt", dynamic=True)` in float32, at several shapes and over greedy tokens. Counted are
@@ -17,6 +17,7 @@ import contextlib
 import faulthandler
 import json
 import logging
+import math
 import multiprocessing
 import os
 import re
@@ -26,7 +27,7 @@ import threading
 import time
 import traceback
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
@@ -34,14 +35,14 @@ from typing import Any
 
 import torch
 import transformers
-from tiny_models import FIRST_TOKEN, TYPES, build, inputs
+from coverage_table import Record, summary, table
+from tiny_models import FIRST_TOKEN, OTHERS, TYPES, build, class_of, inputs
 from torch import Tensor
 from torch._dynamo.utils import counters
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
 from tqdm import tqdm
 from transformers import PreTrainedModel
-from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from llmopt.backend import REPORT
 
@@ -52,10 +53,8 @@ Shapes = tuple[tuple[int, int], ...]
 SHAPES: Shapes = ((2, 19), (1, 19), (3, 33))  # Dynamo compiles a batch of 1 apart
 NEW_TOKENS = 8
 TOLERANCE = 2e-3  # largest difference of logits, in standard deviations of eager's
-GOOD_SHARE = 0.90
 
 Forward = Callable[[Mapping[str, Any]], Tensor]
-Record = dict[str, Any]
 
 
 def _attention_flops(query: Tensor, key: Tensor, value: Tensor, *_: Any, **__: Any) -> int:
@@ -147,23 +146,30 @@ def _forward_of(model: PreTrainedModel, function: Callable[..., Any]) -> Forward
         nonlocal refused
         if takes_cache and not refused:
             try:
-                return function(**arguments, use_cache=False).logits
+                return _logits(function(**arguments, use_cache=False))
             except TypeError as error:
                 if "use_cache" not in str(error):
                     raise
                 refused = True
-        return function(**arguments).logits
+        return _logits(function(**arguments))
 
     return forward
 
 
-def _greedy(forward: Forward, ids: Tensor) -> list[list[int]]:
-    """Greedy tokens by full recomputation, special ids left out; one list a row."""
-    start = ids.shape[1]
+def _logits(output: Any) -> Tensor:
+    return output["logits"] if "logits" in output else output["logits_per_image"]
+
+
+def _greedy(forward: Forward, arguments: Mapping[str, Tensor]) -> list[list[int]] | None:
+    """Greedy tokens by full recomputation, special ids left out; one list a row. None for a model without tokens."""
+    name = "decoder_input_ids" if "decoder_input_ids" in arguments else "input_ids"
+    if name not in arguments or (arguments.keys() & {"attention_mask"} and name == "input_ids"):
+        return None
+    start = arguments[name].shape[1]
     for _ in range(NEW_TOKENS):
-        logits = forward({"input_ids": ids})[:, -1]
-        ids = torch.cat([ids, logits[:, FIRST_TOKEN:256].argmax(-1, keepdim=True) + FIRST_TOKEN], 1)
-    return ids[:, start:].tolist()
+        chosen = forward(arguments)[:, -1, FIRST_TOKEN:256].argmax(-1, keepdim=True) + FIRST_TOKEN
+        arguments = {**arguments, name: torch.cat([arguments[name], chosen], 1)}
+    return arguments[name][:, start:].tolist()
 
 
 def _difference(ours: Tensor, theirs: Tensor) -> float:
@@ -177,7 +183,7 @@ def _compare(
     model: PreTrainedModel,
     backend: str,
     eager: Mapping[tuple[int, int], Tensor],
-    tokens: list[list[int]],
+    tokens: list[list[int]] | None,
     reached: Callable[[str], None],
 ) -> Record:
     """Compiles for one backend; the differences, the tokens and the seconds of the first call."""
@@ -189,12 +195,12 @@ def _compare(
     reached(f"{backend}: other shapes, after a first call of {compile_s:.0f} s")
     differences = [_difference(forward(inputs(model, *s)), e) for s, e in eager.items()]
     reached(f"{backend}: greedy tokens, after differences of {max(differences):.1e}")
-    ours = _greedy(forward, inputs(model, *SHAPES[0])["input_ids"])
+    ours = _greedy(forward, inputs(model, *SHAPES[0]))
     return {
         "compile_s": round(compile_s, 2),
         "difference": max(differences),
         "differences": differences,
-        "tokens_equal": ours == tokens,
+        "tokens_equal": None if tokens is None else ours == tokens,
         "right": max(differences) <= TOLERANCE,
         "forward": forward,
     }
@@ -217,13 +223,19 @@ def _graphs(record: Record) -> None:
         for fallback in graph.fallbacks:
             found[fallback.op, fallback.reason] += fallback.count
     record["fallbacks"] = [{"op": op, "reason": why, "count": n} for (op, why), n in found.most_common()]
+    passes: dict[str, dict[str, Any]] = {}
+    for report in (report for graph in REPORT.graphs for report in graph.passes):
+        mine = passes.setdefault(report.name, {"matched": 0, "skipped": Counter()})
+        mine["matched"] += report.matched
+        mine["skipped"].update(report.skipped)
+    record["passes"] = passes
     record["graph_breaks"] = sum(counters["graph_break"].values())
     record["graph_break_reasons"] = [re.sub(r"\s+", " ", text)[:200] for text in counters["graph_break"]]
 
 
 def measure(model_type: str, inductor: bool, shapes: Shapes, save: Callable[[Record], None]) -> Record:
     """Everything about one type, in this process. `save` gets what is known so far before each longer step."""
-    record: Record = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
+    record: Record = {"type": model_type, "class": class_of(model_type)}
     record["shapes"] = [list(shape) for shape in shapes]
 
     def reached(step: str) -> None:
@@ -237,7 +249,7 @@ def measure(model_type: str, inductor: bool, shapes: Shapes, save: Callable[[Rec
         if not all(bool(e.isfinite().all()) and float(e.std()) > 1e-3 for e in eager.values()):
             raise ArithmeticError("logits of the eager model are not finite, or all the same")
         record["repeatable"] = torch.equal(forward(inputs(model, *SHAPES[0])), eager[SHAPES[0]])
-        tokens = _greedy(forward, inputs(model, *SHAPES[0])["input_ids"])
+        tokens = _greedy(forward, inputs(model, *SHAPES[0]))
         with FlopCount() as count:
             forward(inputs(model, *SHAPES[0]))
     except Exception as error:
@@ -283,8 +295,10 @@ def _save(record: Any, path: Path) -> None:
     temporary.replace(path)
 
 
-def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: Shapes) -> Record:
-    """One type in a process of its own; what ends it early is part of the record."""
+def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: Shapes, end: float) -> Record | None:
+    """One type in a process of its own; what ends it early is part of the record. None when it is `end` already."""
+    if time.monotonic() > end:
+        return None
     path = folder / f"{model_type}.json"
     path.unlink(missing_ok=True)
     log = folder / f"{model_type}.log"
@@ -300,7 +314,7 @@ def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: 
             process.join(2.0)
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
-    record: Record = {"type": model_type, "class": MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type]}
+    record: Record = {"type": model_type, "class": class_of(model_type)}
     if path.exists():
         record = json.loads(path.read_text("utf-8"))
     if record.get("status", "unfinished") == "unfinished":
@@ -312,71 +326,15 @@ def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: 
     return record
 
 
+def _finished(path: Path) -> bool:
+    return path.exists() and json.loads(path.read_text("utf-8"))["status"] != "unfinished"
+
+
 def _records(folder: Path) -> Iterator[Record]:
-    for model_type in TYPES:
+    for model_type in (*TYPES, *OTHERS):
         path = folder / f"{model_type}.json"
         if path.exists():
             yield json.loads(path.read_text("utf-8"))
-
-
-def _number(value: float | None, form: str) -> str:
-    return "-" if value is None else format(value, form)
-
-
-def _notes(record: Record) -> str:
-    """What a reader has to know of a type: the error, refused graphs, and the fallbacks in short."""
-    if "error" in record:
-        return str(record["error"])[:120]
-    refused = [re.search(r"error: .*", text) or re.match(".*", text) for text in record.get("refused", [])]
-    parts = [f"refused: {text[0][:80]}" for text in refused[:1] if text]
-    ops = Counter({f["op"].removeprefix("aten.").removesuffix(".default"): 0 for f in record.get("fallbacks", [])})
-    for item in record.get("fallbacks", []):
-        ops[item["op"].removeprefix("aten.").removesuffix(".default")] += item["count"]
-    parts += [f"{count} {op}" for op, count in ops.most_common(5)]
-    return ", ".join(parts) + (", ..." if len(ops) > 5 else "")
-
-
-def summary(records: Sequence[Record]) -> list[tuple[str, str]]:
-    """The headline figures, by name."""
-    statuses = Counter(record["status"] for record in records)
-    shares = [r["flop_share"] for r in records if r["status"] == "right" and r.get("flop_share") is not None]
-    good = sum(share >= GOOD_SHARE for share in shares)
-    return [
-        ("types", f"{len(TYPES)}, of which {len(records)} were run"),
-        ("of these with a batch of 1, too", str(sum([1, 19] in record.get("shapes", []) for record in records))),
-        ("run in eager mode", str(len(records) - statuses["no eager"])),
-        ("right", f"**{statuses['right']} of {len(TYPES)}**"),
-        ("silently wrong", str(statuses["wrong"])),
-        ("errors, crashes, timeouts", f"{statuses['error']}, {statuses['crash']}, {statuses['timeout']}"),
-        ("same greedy tokens", str(sum(bool(record.get("tokens_equal")) for record in records))),
-        (f"right, with {GOOD_SHARE:.0%} or more of the FLOPs in llmopt's kernels", str(good)),
-    ]
-
-
-def table(records: Sequence[Record], conditions: Mapping[str, Any]) -> str:
-    """The results in Markdown."""
-    lines = ["# Coverage of transformers' causal language models", ""]
-    lines += ["| | |", "|---|---|", *(f"| {name} | {value} |" for name, value in summary(records)), ""]
-    lines += [
-        f"Tiny random models in float32 without a cache; shapes {', '.join(f'{b} x {s}' for b, s in SHAPES)}. Right: "
-        f"no logit differs by more than {TOLERANCE:g} standard deviations. FLOPs are those of matrix products and "
-        "attention in eager mode; the share is what does not reach ATen. Compile time is that of the first call. "
-        "`python benchmarks/coverage.py` makes this file.",
-        "",
-        ", ".join(f"{name} {value}" for name, value in conditions.items()),
-        "",
-        "| type | class | result | max diff | tokens | graphs | breaks | FLOP share | compile s | Inductor s | notes |",
-        "|---|---|---|---|---|---|---|---|---|---|---|",
-    ]
-    for r in records:
-        tokens = {True: "equal", False: "differ", None: "-"}[r.get("tokens_equal")]
-        peer = r.get("inductor", {})
-        other = f"{_number(peer.get('compile_s'), '.1f')}{'' if not peer or peer.get('right') else ' (wrong)'}"
-        share, difference = _number(r.get("flop_share"), ".0%"), _number(r.get("difference"), ".1e")
-        cells = [r["type"], r["class"], r["status"], difference, tokens, _number(r.get("graphs"), "d")]
-        cells += [_number(r.get("graph_breaks"), "d"), share, _number(r.get("compile_s"), ".1f"), other, _notes(r)]
-        lines.append("| " + " | ".join(re.sub(r"[|\s]+", " ", cell) for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
 
 
 def render(folder: Path) -> None:
@@ -387,15 +345,17 @@ def render(folder: Path) -> None:
     where = conditions(shapes=[list(shape) for shape in SHAPES], new_tokens=NEW_TOKENS, tolerance=TOLERANCE)
     _save({"conditions": where, "summary": dict(summary(records)), "types": records}, RESULTS / "coverage.json")
     named = ("time", "revision", "cpu", "cores", "instruction_set", "torch", "transformers")
-    text = table(records, {name: where[name] for name in named})
+    text = table(records, SHAPES, TOLERANCE, {name: where[name] for name in named})
     (RESULTS / "coverage.md").write_text(text, "utf-8")
     print("\n".join(f"{name}: {value}" for name, value in summary(records)))
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--types", nargs="+", choices=TYPES, metavar="TYPE", default=list(TYPES), help="default: all")
+    names = [*TYPES, *OTHERS]
+    parser.add_argument("--types", nargs="+", choices=names, metavar="TYPE", default=names, help="default: all")
     parser.add_argument("--timeout", type=float, default=240.0, help="seconds for each type")
+    parser.add_argument("--budget", type=float, default=math.inf, help="seconds after which no further type begins")
     parser.add_argument("--jobs", type=int, default=1, help="types at the same time")
     parser.add_argument("--redo", action="store_true", help="run finished types again")
     parser.add_argument("--quick", action="store_true", help="without a batch of 1, which is compiled apart")
@@ -405,11 +365,16 @@ def main() -> int:
     options = parser.parse_args()
     options.work.mkdir(parents=True, exist_ok=True)
     if not options.table:
-        wanted = [t for t in options.types if options.redo or not (options.work / f"{t}.json").exists()]
+        end = time.monotonic() + options.budget
+        wanted = [t for t in options.types if options.redo or not _finished(options.work / f"{t}.json")]
         shapes = tuple(shape for shape in SHAPES if shape[0] > 1 or not options.quick)
         with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="type") as bar:
-            for record in pool.map(lambda t: _run(t, options.work, options.timeout, options.inductor, shapes), wanted):
+            for record in pool.map(
+                lambda t: _run(t, options.work, options.timeout, options.inductor, shapes, end), wanted
+            ):
                 bar.update()
+                if record is None:
+                    continue
                 bar.write(f"{record['type']}: {record['status']} {record.get('error', '')}")
     render(options.work)
     return 0

@@ -14,10 +14,11 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from compile_models import build
 from harness import ROOT, Contestant, conditions, plot, print_table, run_rounds, save
 from peers import StepDecoder, contestant, eager_decoder, inductor_decoder
 from probe import Probe
-from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedModel
+from transformers import PreTrainedModel
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 PHASES = ("prefill", "decode")
@@ -25,31 +26,7 @@ PHASES = ("prefill", "decode")
 
 def build_model(layers: int, dtype: torch.dtype) -> PreTrainedModel:
     """Random weights in the shape of Llama-3.2-1B, with `layers` of its 16 layers."""
-    config = LlamaConfig(
-        vocab_size=128256,
-        hidden_size=2048,
-        intermediate_size=8192,
-        num_hidden_layers=layers,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        head_dim=64,
-        max_position_embeddings=8192,
-        rms_norm_eps=1e-5,
-        tie_word_embeddings=True,
-        rope_parameters={"rope_type": "default", "rope_theta": 500000.0},
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    torch.manual_seed(0)
-    config.dtype = dtype
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # never a second copy in float32
-    try:
-        model = LlamaForCausalLM(config)
-    finally:
-        torch.set_default_dtype(previous)
-    return model.eval()
+    return build("llama", str(dtype).removeprefix("torch."), layers)
 
 
 def bytes_per_token(model: PreTrainedModel, context: int) -> float:

@@ -175,12 +175,13 @@ def print_table(
     title: str,
     ratio_to: Sequence[str],
     bytes_per_unit: Mapping[str, float] | None = None,
+    unit: str = "tokens",
 ) -> None:
     """Prints medians, ratios to the best of `ratio_to`, and the share of the probed bandwidth where bytes are known."""
     table = Table(title=title)
     table.add_column("")
     for phase in phases:
-        table.add_column(f"{phase}\ntokens/s", justify="right")
+        table.add_column(f"{phase}\n{unit}/s", justify="right")
         table.add_column("ratio to\nbest peer", justify="right")
         if bytes_per_unit and phase in bytes_per_unit:
             table.add_column("of probed\nbandwidth", justify="right")
@@ -209,10 +210,15 @@ def print_table(
 
 
 def save(result: Result, path: Path) -> None:
-    """Writes the result as JSON; a reader never sees half a file."""
+    """Writes the result as JSON."""
+    write_json(result.to_json(), path)
+
+
+def write_json(value: Any, path: Path) -> None:
+    """Writes a file that no reader ever sees half of."""
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(result.to_json(), indent=1) + "\n", "utf-8")
+    temporary.write_text(json.dumps(value, indent=1) + "\n", "utf-8")
     temporary.replace(path)
 
 

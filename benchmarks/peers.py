@@ -1,4 +1,6 @@
-"""One model of transformers, run by eager PyTorch, by Inductor and by llmopt: three decoders with the same two methods.
+"""The peers: eager PyTorch, Inductor, OpenVINO, and llmopt beside them.
+
+Decoders have the same two methods, whoever runs them; `compiled_forward` is a model's forward under torch.compile.
 
 The peers use transformers' StaticCache, llmopt its step program; each runs a greedy loop of one forward and one argmax
 per token, which is less work per token than `generate` does.
@@ -6,6 +8,7 @@ per token, which is less work per token than `generate` does.
 
 from __future__ import annotations
 
+import importlib
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -18,6 +21,46 @@ from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
 from llmopt.runtime.step_program import StepBatch
+
+# Arguments of torch.compile for each peer; None is the model as it is.
+BACKENDS: dict[str, dict[str, Any] | None] = {
+    "eager": None,
+    "inductor": {"backend": "inductor"},
+    "inductor-max-autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
+    "openvino": {"backend": "openvino"},
+    "llmopt": {"backend": "llmopt"},
+}
+_MODULES = {"openvino": "openvino.torch", "llmopt": "llmopt.backend"}
+
+
+def import_backend(name: str) -> None:
+    """Loads the modules that a peer's first call would load; OpenVINO's backend is only known after that.
+
+    Raises ImportError where the peer is not installed.
+    """
+    if BACKENDS[name] is None:
+        return
+    importlib.import_module("torch._dynamo")
+    importlib.import_module(_MODULES.get(name, "torch._inductor.compile_fx"))
+
+
+def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
+    """The model's forward as a peer of `BACKENDS` runs it, with static shapes: the best case for Inductor.
+
+    A peer that is not installed raises at its first call, as one that fails does.
+    """
+    arguments = BACKENDS[name]
+    if arguments is None:
+        return model
+    compiled: list[Callable[..., Any]] = []
+
+    def forward(**inputs: Any) -> Any:
+        if not compiled:
+            import_backend(name)
+            compiled.append(torch.compile(model.forward, dynamic=False, **arguments))
+        return compiled[0](**inputs)
+
+    return forward
 
 
 class StaticDecoder:
@@ -48,15 +91,17 @@ class StaticDecoder:
             device=model.device,
         )
         self._length = 0
-        self._last = torch.zeros(1, 1, dtype=torch.int64)
+        self._device = model.device
+        self._last = torch.zeros(1, 1, dtype=torch.int64, device=self._device)
 
     @torch.no_grad()
     def prefill(self, tokens: Sequence[int]) -> int:
         """Forgets the last sequence, runs the prompt and returns the first new token."""
         self._cache.reset()
         self._length = len(tokens)
-        positions = torch.arange(len(tokens))[None]
-        self._last = self._step(self._prefill, torch.tensor([list(tokens)]), positions)
+        positions = torch.arange(len(tokens), device=self._device)[None]
+        ids = torch.tensor([list(tokens)], device=self._device)
+        self._last = self._step(self._prefill, ids, positions)
         return int(self._last)
 
     @torch.no_grad()
@@ -64,7 +109,7 @@ class StaticDecoder:
         """Runs `steps` forward passes of one token each; returns the tokens that they chose."""
         chosen = []
         for _ in range(steps):
-            self._last = self._step(self._decode, self._last, torch.tensor([[self._length]]))
+            self._last = self._step(self._decode, self._last, torch.tensor([[self._length]], device=self._device))
             self._length += 1
             chosen.append(int(self._last))
         return chosen

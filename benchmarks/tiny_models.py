@@ -1,4 +1,4 @@
-"""Tiny random models of every type that transformers maps to a causal language model.
+"""Tiny random models of every type that transformers maps to a causal language model, and of a few other classes.
 
 One rule shrinks the default configuration of any type: sizes by the name of the field, layers to a few that have every
 kind of the original, special tokens to the first ids. What the rule gets wrong for a type is corrected by data,
@@ -8,7 +8,7 @@ kind of the original, special tokens to the first ids. What the rule gets wrong 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -18,6 +18,16 @@ from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedConfig, Pre
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 TYPES: tuple[str, ...] = tuple(MODEL_FOR_CAUSAL_LM_MAPPING_NAMES)
+# Encoders, encoder-decoders and others: class -> the type of its configuration, and what its forward gets.
+OTHERS: dict[str, tuple[str, tuple[str, ...]]] = {
+    "BertForMaskedLM": ("bert", ("input_ids", "attention_mask")),
+    "RobertaForMaskedLM": ("roberta", ("input_ids", "attention_mask")),
+    "ModernBertForMaskedLM": ("modernbert", ("input_ids", "attention_mask")),
+    "T5ForConditionalGeneration": ("t5", ("input_ids", "attention_mask", "decoder_input_ids")),
+    "WhisperForConditionalGeneration": ("whisper", ("input_features", "decoder_input_ids")),
+    "ViTForImageClassification": ("vit", ("pixel_values",)),
+    "CLIPModel": ("clip", ("input_ids", "attention_mask", "pixel_values")),
+}
 VOCABULARY = 256
 FIRST_TOKEN = 16  # ids below are special to some model
 _SPREAD = 1.3  # standard deviation of a linear layer's outputs for unit inputs
@@ -107,6 +117,7 @@ _MUSICGEN: dict[str, Any] = {"decoder": {"num_codebooks": 1}}
 # Type -> settings that differ from what the rule makes; nested for sub-configurations, None is a value. `_default`
 # are arguments of the default configuration, where that cannot be made without.
 CORRECTIONS: dict[str, dict[str, Any]] = {
+    "WhisperForConditionalGeneration": {"max_source_positions": 30, "num_mel_bins": 16},
     "bamba": {"attn_layer_indices": [1]},
     "blt": {
         **{
@@ -123,6 +134,10 @@ CORRECTIONS: dict[str, dict[str, Any]] = {
     "dbrx": {"attn_config": {"rope_theta": 10000.0, "kv_n_heads": 2, "clip_qkv": 8.0}},
     "deepseek_v2": _DENSE_THEN_EXPERTS,
     "deepseek_v4": {"compress_rates": {"heavily_compressed_attention": 8}},
+    "dory": {
+        **{"layer_types": _SLIDING_AND_FULL * 2, "num_hidden_layers": 4},
+        **{"n_input_layers": 1, "n_recurrent_layers": 2, "n_output_layers": 1},
+    },
     "dots1": {**_DENSE_THEN_EXPERTS, "n_shared_experts": 1},
     "dots3_note": {
         "text_config": {"head_dim": 24},
@@ -201,8 +216,8 @@ def _few(values: list[Any]) -> bool:
     return len({str(v) for v in values}) <= _MAX_LAYERS
 
 
-def shrink(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """The generic rule: the same settings with tiny sizes, recursively."""
+def shrink(settings: Mapping[str, Any], causal: bool = True) -> dict[str, Any]:
+    """The generic rule: the same settings with tiny sizes, recursively; what can be a decoder is one if `causal`."""
     small: dict[str, Any] = {}
     count = next((settings[n] for n in _LAYERS if isinstance(settings.get(n), int)), 0)
     kept = _kept_layers(settings, count)
@@ -213,13 +228,13 @@ def shrink(settings: Mapping[str, Any]) -> dict[str, Any]:
             continue
         if isinstance(value, Mapping) and value and all(str(key).isdigit() for key in value) and "label" not in name:
             by_layer = {int(key): item for key, item in value.items()}
-            small[name] = {str(new): shrink(by_layer[old]) for new, old in enumerate(kept) if old in by_layer}
+            small[name] = {str(new): shrink(by_layer[old], causal) for new, old in enumerate(kept) if old in by_layer}
         elif isinstance(value, Mapping):
-            small[name] = shrink(value) if name not in ("id2label", "label2id") else dict(value)
+            small[name] = shrink(value, causal) if name not in ("id2label", "label2id") else dict(value)
             if name.endswith("config") and "model_type" in value:
                 small[name]["model_type"] = value["model_type"]
         elif isinstance(value, bool) or value is None:
-            small[name] = True if name == "is_decoder" else value
+            small[name] = True if name == "is_decoder" and causal else value
         elif _is_token(name):
             fixed = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2, "decoder_start_token_id": 1}.get(name)
             small[name] = token if fixed is None else fixed
@@ -242,12 +257,18 @@ def _merge(settings: dict[str, Any], changed: Mapping[str, Any]) -> dict[str, An
     return settings
 
 
-def config_of(model_type: str) -> PreTrainedConfig:
-    """The tiny configuration that a type's class of causal model takes."""
-    changed = dict(CORRECTIONS.get(model_type, {}))
+def class_of(name: str) -> str:
+    """The name of the class that is built for a type of `TYPES` or a name of `OTHERS`."""
+    return name if name in OTHERS else MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[name]
+
+
+def config_of(name: str) -> PreTrainedConfig:
+    """The tiny configuration that the class of a type, or of a name of `OTHERS`, takes."""
+    changed = dict(CORRECTIONS.get(name, {}))
+    model_type = OTHERS[name][0] if name in OTHERS else name
     default = AutoConfig.for_model(model_type, **changed.pop("_default", {}))
-    config = type(default)(**_merge(shrink(default.to_dict()), changed))
-    return getattr(config, PARTS[model_type]) if model_type in PARTS else config
+    config = type(default)(**_merge(shrink(default.to_dict(), name not in OTHERS), changed))
+    return getattr(config, PARTS[name]) if name in PARTS else config
 
 
 @torch.no_grad()
@@ -281,12 +302,12 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
             buffer.add_(0.1 * noise(buffer))
 
 
-def build(model_type: str) -> PreTrainedModel:
+def build(name: str) -> PreTrainedModel:
     """A fresh tiny model in eval mode and float32; two calls give equal weights."""
     torch.manual_seed(0)
-    config = config_of(model_type)
-    if model_type in PARTS:
-        kind = getattr(transformers, MODEL_FOR_CAUSAL_LM_MAPPING_NAMES[model_type])
+    config = config_of(name)
+    if name in PARTS or name in OTHERS:
+        kind = getattr(transformers, class_of(name))
         model: PreTrainedModel = kind._from_config(config, dtype=torch.float32)
     else:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
@@ -294,7 +315,35 @@ def build(model_type: str) -> PreTrainedModel:
     return model.eval()
 
 
-def inputs(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> dict[str, Any]:
-    """What the model's forward needs, as keyword arguments: token ids int64[batch, length] without special ones."""
+def inputs(model: PreTrainedModel, batch: int, length: int, seed: int = 0) -> dict[str, Tensor]:
+    """What the model's forward needs, as keyword arguments; all are `[batch, ...]`.
+
+    Token ids are int64 `[batch, length]` without special ones (a decoder's own have two thirds of the length). The
+    mask of an encoder hides three more tokens at the end in each row than in the one before.
+    """
     generator = torch.Generator().manual_seed(seed)
-    return {"input_ids": torch.randint(FIRST_TOKEN, VOCABULARY, (batch, length), generator=generator)}
+    config = model.config
+
+    def ids(count: int) -> Tensor:
+        return torch.randint(FIRST_TOKEN, VOCABULARY, (batch, count), generator=generator)
+
+    def mask() -> Tensor:
+        seen = length - 3 * torch.arange(batch).unsqueeze(1)
+        return (torch.arange(length) < seen).to(torch.int64)
+
+    def pixels() -> Tensor:
+        image = getattr(config, "vision_config", config)
+        return torch.randn(batch, image.num_channels, image.image_size, image.image_size, generator=generator)
+
+    def spectrum() -> Tensor:
+        return torch.randn(batch, config.num_mel_bins, 2 * config.max_source_positions, generator=generator)
+
+    makers: dict[str, Callable[[], Tensor]] = {
+        "input_ids": lambda: ids(length),
+        "attention_mask": mask,
+        "decoder_input_ids": lambda: ids(2 * length // 3),
+        "pixel_values": pixels,
+        "input_features": spectrum,
+    }
+    names = OTHERS.get(type(model).__name__, ("", ("input_ids",)))[1]
+    return {name: makers[name]() for name in names}

@@ -15,12 +15,12 @@ from torch import fx
 from torch._decomp import decomposition_table
 from torch.fx.node import Node
 
-from llmopt.codegen.cpu.templates import plan_template
 from llmopt.codegen.loops.emit import DTYPE_NAMES
 from llmopt.codegen.loops.operations import OPERATIONS
 from llmopt.codegen.loops.views import SPLITS, transform_of
+from llmopt.codegen.target import plan_template
 from llmopt.compiler.decompose import composite, expand_op
-from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, tensor
+from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, same_shape, same_size, tensor
 
 
 def decompose(graph: fx.Graph) -> None:
@@ -68,6 +68,9 @@ def _expand(rewriter: Rewriter, node: Node) -> list[Node]:
     before = set(node.graph.nodes)
     with rewriter.before(node):
         result = expand_op(rewriter, node, function)
+        if result is not None and not _lie_alike(tensor(result), tensor(node)):
+            # Views of the node look at its memory as it lay.
+            result = rewriter.call(aten.clone.default, result, memory_format=torch.contiguous_format)
     made = [n for n in node.graph.nodes if n not in before]
     if result is None or not same_result(result, node) or (parts is None and not all(map(is_computed, made))):
         for item in reversed(made):
@@ -78,9 +81,17 @@ def _expand(rewriter: Rewriter, node: Node) -> list[Node]:
 
 
 def same_result(new: Node, old: Node) -> bool:
-    """Whether two nodes agree in shape and dtype, so that one can stand for the other."""
+    """Whether two nodes agree in dtype, shape and strides, so that one can stand for the other."""
     a, b = tensor(new), tensor(old)
-    return a.dtype == b.dtype and a.shape == b.shape
+    return a.dtype == b.dtype and same_shape(a.shape, b.shape) and _lie_alike(a, b)
+
+
+def _lie_alike(a: torch.Tensor, b: torch.Tensor) -> bool:
+    """Whether strides agree, where they matter."""
+    if a.ndim != b.ndim:
+        return False
+    triples = zip(a.shape, a.stride(), b.stride(), strict=True)
+    return all((isinstance(size, int) and size == 1) or same_size(one, other) for size, one, other in triples)
 
 
 def _cumsum(x: torch.Tensor, dim: int, **kwargs: Any) -> torch.Tensor:

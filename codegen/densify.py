@@ -6,8 +6,8 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from llmopt.codegen.cpu.templates import plan_template
 from llmopt.codegen.layout import layout
+from llmopt.codegen.target import plan_template
 from llmopt.compiler.graph import Rewriter, fake_call, is_tensor, refresh_values
 
 aten = torch.ops.aten

@@ -33,6 +33,7 @@ from llmopt.codegen.program import (
     View,
 )
 from llmopt.codegen.select import Selection, is_size, is_view, select_kernels
+from llmopt.codegen.target import target_of
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import is_op, is_tensor, location, outputs, placeholders, tensor, to_expr, view_base
 
@@ -75,8 +76,9 @@ class _Step:
 def lower(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
     """Lowers `graph`, whose first `len(mutations)` outputs are the new values of those arguments.
 
-    Raises UnsupportedError when a size has no source among the inputs.
+    Raises UnsupportedError when a size has no source among the inputs, or tensors lie on several kinds of devices.
     """
+    target_of(graph)
     decompose(graph)
     densify(graph)
     return _Lowering(graph, select_kernels(graph), mutations).run()
@@ -114,6 +116,7 @@ class _Lowering:
             results,
             list(zip(self.mutations, news, strict=True)),
             self.arena_bytes,
+            target=target_of(self.graph).name,
         )
         return Lowered(program, self.selection, self.weights, [unit.nodes for unit, _ in made])
 
@@ -144,7 +147,7 @@ class _Lowering:
     def _units(self) -> list[_Unit]:
         units = []
         for node, calls in self.selection.templates.items():
-            unit = _Unit([node], calls=calls)
+            unit = _Unit([*(n for call in calls for n in call.absorbs), node], calls=calls)
             for call in calls:
                 unit.writes |= {view_base(n) for n in call.writes}
                 used = {view_base(n) for n in call.tensors if isinstance(n, Node)}
@@ -288,13 +291,14 @@ class _Lowering:
             origin = " ".join(dict.fromkeys(_short(n) for n in group.nodes if not is_view(n)))
             kernel = self._kernel(KernelSpec("loop", (), group.kernel))
             yield self._step(KernelCall(kernel, tensors, ints, (), True, origin), group.outputs)
+        name = " ".join(dict.fromkeys(map(_short, unit.nodes)))
         for call in unit.calls:
             operands = tuple(
                 None if t is None else Operand(workspaces[call]) if isinstance(t, Workspace) else self._operand(t)
                 for t in call.tensors
             )
             ints = tuple(self.index(i) for i in call.ints)
-            native = KernelCall(self._kernel(call.kernel), operands, ints, call.floats, True, _short(unit.nodes[0]))
+            native = KernelCall(self._kernel(call.kernel), operands, ints, call.floats, True, name)
             yield self._step(native, call.writes)
 
     def _step(self, call: KernelCall, written: Sequence[Node]) -> _Step:

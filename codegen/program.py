@@ -17,7 +17,7 @@ from llmopt.codegen.loops.ir import LoopKernel
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel: a C++ template with its arguments, or (template "loop") a fused loop."""
+    """One kernel: a template of the program's target with its arguments, or (template "loop") a fused loop."""
 
     template: str
     arguments: tuple[str, ...] = ()
@@ -114,6 +114,8 @@ class Program:
     results: what the call returns: a View, a Size, or a constant that stands for itself.
     mutations: (argument, view of its new value) for arguments that the caller's code writes to.
     arena_bytes: size of the memory that a call needs besides its results.
+    batch_invariant: whether kernels are compiled so that a row's result has, to the bit, nothing to do with other rows.
+    target: the kind of device that it runs on, "cpu" or "cuda".
     """
 
     symbols: list[SymbolSource]
@@ -125,6 +127,8 @@ class Program:
     results: list[Any]
     mutations: list[tuple[int, View]] = field(default_factory=list)
     arena_bytes: Index = 0
+    batch_invariant: bool = False
+    target: str = "cpu"
 
     @property
     def fallbacks(self) -> list[AtenCall]:

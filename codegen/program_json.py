@@ -59,6 +59,8 @@ def to_json(program: Program) -> dict[str, Any]:
         "steps": [_call_json(step) for step in program.steps if isinstance(step, KernelCall)],
         "results": [_result_json(r) for r in program.results],
         "arena_bytes": index.to_json(program.arena_bytes),
+        "batch_invariant": program.batch_invariant,
+        "target": program.target,
     }
 
 
@@ -98,6 +100,12 @@ class _Reader:
         if not isinstance(items, list) or len(items) > _LIMIT:
             raise ProgramFileError(f"{key} is missing or no list")
         return items
+
+    def flag(self, key: str) -> bool:
+        flag = self.data.get(key)
+        if not isinstance(flag, bool):
+            raise ProgramFileError(f"{key} is {str(flag)[:40]}")
+        return flag
 
     def number(self, data: Any, below: int, what: str, least: int = 0) -> int:
         if not isinstance(data, int) or isinstance(data, bool) or not least <= data < below:
@@ -154,7 +162,15 @@ def from_json(data: Any) -> Program:
         [_result(reader, r, count) for r in reader.items("results")],
         [],
         reader.expression(data.get("arena_bytes")),
+        reader.flag("batch_invariant"),
+        _target(data.get("target", "cpu")),
     )
+
+
+def _target(name: Any) -> str:
+    if name not in ("cpu", "cuda"):
+        raise ProgramFileError(f"unknown target {str(name)[:40]!r}")
+    return str(name)
 
 
 def _kernel(row: list[Any]) -> KernelSpec:

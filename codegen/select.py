@@ -10,8 +10,9 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from llmopt.codegen.cpu.templates import PlannedCall, plan_template
+from llmopt.codegen.cpu.templates import PlannedCall
 from llmopt.codegen.loops.group import LoopGroup, plan_loops
+from llmopt.codegen.target import plan_template
 from llmopt.compiler.graph import VIEW_OPS, is_op, is_tensor, outputs, placeholders, tensor, to_expr, view_base
 from llmopt.compiler.verify import Binding, check_bindings
 
@@ -22,6 +23,7 @@ class Selection:
 
     constants: nodes that depend on weights alone; they are evaluated when weights are bound.
     templates: the kernel calls of each node that a template takes.
+    absorbed: nodes that a template computes on the way to another node's value.
     loops: fused loops over the remaining nodes.
     fallbacks: nodes left to ATen, with the reason.
     rejected: why a template did not take a node that something else computes now.
@@ -29,6 +31,7 @@ class Selection:
 
     constants: set[Node] = field(default_factory=set)
     templates: dict[Node, list[PlannedCall]] = field(default_factory=dict)
+    absorbed: set[Node] = field(default_factory=set)
     loops: list[LoopGroup] = field(default_factory=list)
     fallbacks: dict[Node, str] = field(default_factory=dict)
     rejected: dict[Node, str] = field(default_factory=dict)
@@ -88,9 +91,12 @@ def select_kernels(graph: fx.Graph) -> Selection:
             unplanned[node] = plan
         elif plan is not None:
             selection.templates[node] = plan
-    claimed = lambda node: node in selection.templates or node in selection.constants  # noqa: E731
+    selection.absorbed = {n for calls in selection.templates.values() for call in calls for n in call.absorbs}
+    for node in selection.absorbed:
+        del selection.templates[node]
+    computed = selection.templates.keys() | selection.absorbed | selection.constants
     results = [n for n in outputs(graph) if isinstance(n, Node)]
-    loops = plan_loops(graph, claimed, results)
+    loops = plan_loops(graph, computed.__contains__, results)
     selection.loops = list(loops.groups)
     for node, reason in loops.rejected.items():
         if is_tensor(node) or isinstance(node.meta.get("val"), list | tuple):

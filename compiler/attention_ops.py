@@ -9,6 +9,7 @@ import sympy
 import torch
 
 from llmopt.compiler.graph import to_expr
+from llmopt.compiler.kv_formats import load_pages, row_bytes, store_rows
 from llmopt.compiler.opspec import Cost, Tolerance, nbytes, numel, register_op
 
 Tensor = torch.Tensor
@@ -141,20 +142,27 @@ def paged_stages(q: Tensor, k: Tensor, v: Tensor, *rest: Any) -> tuple[Cost, Cos
     groups, value_width = to_expr(k.shape[-2]), to_expr(v.shape[-1])
     tokens = numel(q) / (heads * width)
     requests = to_expr(rest[5].shape[0])
-    cached = requests * CONTEXT * groups * (width + value_width) * k.element_size()
+    kv_dtype = rest[11] if len(rest) > 11 else "auto"
+    row = groups * (width + value_width) * k.element_size()
+    if kv_dtype != "auto":
+        row = groups * sum(row_bytes(kv_dtype, int(t.shape[-1])) for t in (k, v))
+    cached = requests * CONTEXT * row
     flops = 2 * tokens * heads * CONTEXT * (width + value_width)
     written = tokens * heads * value_width * q.element_size()
-    return Cost(sympy.Integer(0), nbytes(k, v), nbytes(k, v)), Cost(flops, nbytes(q) + cached, written)
+    return Cost(sympy.Integer(0), nbytes(k, v), tokens * row), Cost(flops, nbytes(q) + cached, written)
 
 
 def _paged_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
     make = lambda *shape: torch.randn(shape, generator=rng).to(dtype)  # noqa: E731
     block_size = 4
-    for heads, groups, size, options in [
-        (4, 2, 16, (0.0, 0, None, None)),
-        (2, 1, 9, (1.5, 3, None, None)),
-        (3, 3, 8, (0.0, 0, torch.rand(3, generator=rng), None)),
-        (4, 2, 8, (0.0, 5, None, torch.randn(4, generator=rng))),
+    for heads, groups, size, kv_dtype, options in [
+        (4, 2, 16, "auto", (0.0, 0, None, None)),
+        (2, 1, 9, "auto", (1.5, 3, None, None)),
+        (3, 3, 8, "auto", (0.0, 0, torch.rand(3, generator=rng), None)),
+        (4, 2, 8, "auto", (0.0, 5, None, torch.randn(4, generator=rng))),
+        (4, 2, 16, "int8", (0.0, 0, None, None)),
+        (2, 1, 9, "fp8", (1.5, 3, None, None)),
+        (3, 3, 24, "int4", (0.0, 0, torch.rand(3, generator=rng), None)),
     ]:
         query_lengths, lengths = [1, 5, 3], [7, 5, 18]
         blocks = [-(-n // block_size) for n in lengths]
@@ -167,12 +175,19 @@ def _paged_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[A
             slots += [mine[p // block_size] * block_size + p % block_size for p in range(n - count, n)]
         tokens, pool = sum(query_lengths), sum(blocks) + 2
         softcap, window, slopes, sinks = options
+        caches = [make(pool, groups, block_size, size) for _ in range(2)]
+        if kv_dtype != "auto":
+            every = torch.arange(pool * block_size)
+            shape = (pool, groups, block_size, row_bytes(kv_dtype, size))
+            for index, rows in enumerate(caches):
+                caches[index] = torch.zeros(shape, dtype=torch.uint8)
+                flat = rows.transpose(1, 2).flatten(0, 1)
+                store_rows(caches[index], every // block_size, every % block_size, flat, kv_dtype)
         yield (
             make(1, tokens, heads, size),
             make(1, tokens, groups, size),
             make(1, tokens, groups, size),
-            make(pool, groups, block_size, size),
-            make(pool, groups, block_size, size),
+            *caches,
             torch.tensor(slots),
             table,
             torch.tensor([0, 1, 6, 9], dtype=torch.int32),
@@ -182,6 +197,7 @@ def _paged_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[A
             window,
             slopes,
             sinks,
+            *(() if kv_dtype == "auto" else (kv_dtype,)),
         )
 
 
@@ -192,7 +208,7 @@ def _paged_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
 @register_op(
     "paged_attention(Tensor q, Tensor k, Tensor v, Tensor(a!) k_cache, Tensor(b!) v_cache, Tensor slot_mapping,"
     " Tensor block_tables, Tensor cu_seqlens_q, Tensor seq_lens, float scale, float softcap, int window,"
-    " Tensor? alibi_slopes, Tensor? sinks) -> Tensor",
+    " Tensor? alibi_slopes, Tensor? sinks, str kv_dtype='auto') -> Tensor",
     fake=_paged_fake,
     cost=_paged_cost,
     samples=_paged_samples,
@@ -213,6 +229,7 @@ def paged_attention(
     window: int,
     alibi_slopes: Tensor | None,
     sinks: Tensor | None,
+    kv_dtype: str = "auto",
 ) -> Tensor:
     """Writes this step's keys and values into the cache, then attends causally over each request's pages.
 
@@ -221,22 +238,26 @@ def paged_attention(
     these, so its queries stand at the last positions. Caches are `[blocks, G, block_size, D or E]` (paged as in
     vLLM, Kwon et al. 2023); token t goes to slot `slot_mapping[t]` = block * block_size + offset, -1 is not stored;
     `block_tables[b]` lists the blocks of request b. Scores as in `attend`, plus `alibi_slopes[h] * key position`
-    (Press et al., 2022). Gives `[1, T, H, E]`.
+    (Press et al., 2022). With a `kv_dtype` other than "auto", caches are uint8 pages of that format (`kv_formats`), and
+    also this step's tokens are seen as they are stored. Gives `[1, T, H, E]`.
     """
     block_size = k_cache.shape[2]
     stored = slot_mapping >= 0
     block, offset = slot_mapping[stored] // block_size, slot_mapping[stored] % block_size
-    k_cache[block, :, offset] = k[0, stored]
-    v_cache[block, :, offset] = v[0, stored]
+    for cache, rows in ((k_cache, k), (v_cache, v)):
+        store_rows(cache, block, offset, rows[0, stored], kv_dtype)
     out = q.new_empty((*q.shape[:-1], v.shape[-1]))
     starts = cu_seqlens_q.tolist()
     for row, length in enumerate(seq_lens.tolist()):
-        rows = slice(starts[row], starts[row + 1])
+        mine = slice(starts[row], starts[row + 1])
         blocks = block_tables[row, : -(-length // block_size)].long()
-        keys, values = (c[blocks].transpose(1, 2).flatten(0, 1)[None, :length] for c in (k_cache, v_cache))
+        keys, values = (
+            load_pages(cache, blocks, kv_dtype, new.shape[-1])[None, :length]
+            for cache, new in ((k_cache, k), (v_cache, v))
+        )
         i = torch.arange(length - (starts[row + 1] - starts[row]), length)[:, None]
         j = torch.arange(length)[None, :]
         visible = (j <= i) & (j > i - window) if window else j <= i
         bias = None if alibi_slopes is None else alibi_slopes.view(1, -1, 1, 1) * j
-        out[:, rows] = attend(q[:, rows], keys, values, visible, bias, scale, softcap, sinks)
+        out[:, mine] = attend(q[:, mine], keys, values, visible, bias, scale, softcap, sinks)
     return out

@@ -20,7 +20,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch.fx.node import Node
 
 from llmopt.compiler.errors import UnsupportedError
-from llmopt.compiler.graph import aten, fake_mode, outputs, placeholders
+from llmopt.compiler.graph import aten, fake_mode, outputs, placeholders, refresh_values
 
 # The graph may contain anything eager accepts here; quantized and complex numbers have no kernels and no tests yet.
 SUPPORTED_DTYPES = frozenset(
@@ -37,6 +37,8 @@ SUPPORTED_DTYPES = frozenset(
         torch.bool,
     }
 )
+
+SUPPORTED_DEVICES = ("cpu", "cuda")
 
 
 @dataclass
@@ -103,6 +105,23 @@ def _bake_floats(gm: fx.GraphModule, values: dict[int, float]) -> None:
     gm.recompile()
 
 
+def _drop_dropouts(gm: fx.GraphModule) -> None:
+    """Replaces each dropout that does nothing by its input, which is what PyTorch returns then.
+
+    Exporting refuses a write to a dropout's result, which models do at inference.
+    """
+    for node in list(gm.graph.nodes):
+        if node.op != "call_function" or node.target not in (torch.nn.functional.dropout, torch.dropout):
+            continue
+        names = ("input", "p", "train" if node.target is torch.dropout else "training")
+        given = {"p": 0.5, "training": True} | dict(zip(names, node.args, strict=False)) | dict(node.kwargs)
+        active = given.get("train", given["training"])
+        if (active is False or given["p"] == 0) and isinstance(given["input"], Node):
+            node.replace_all_uses_with(given["input"])
+            gm.graph.erase_node(node)
+    gm.recompile()
+
+
 def _weight_name(node: Node) -> str | None:
     """Qualified name of the parameter or buffer behind a Dynamo placeholder, or None for a user's input."""
     argument = node.meta.get("grapharg")
@@ -132,6 +151,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
             _check_tensor(node, val)
     copy = fx.GraphModule(gm, _copy_graph(gm.graph))
     _bake_floats(copy, floats)
+    _drop_dropouts(copy)
     with torch.no_grad():
         module, signature = aot_export_module(copy, values, trace_joint=False, pre_dispatch=True, decompositions={})
     exported: Any = module
@@ -141,6 +161,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
         raise UnsupportedError("the model writes to a buffer that Dynamo did not lift to an input")
     mutations = [inputs[name] for name in signature.user_inputs_to_mutate.values()]
     constants = _lift_constants(exported)
+    _move_to_device(exported.graph, constants)
     weights += [f"constant.{i}" for i in range(len(constants))]
     return Captured(exported.graph, mutations, weights, floats, constants)
 
@@ -182,6 +203,32 @@ def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
     return constants
 
 
+def _move_to_device(graph: fx.Graph, constants: list[torch.Tensor]) -> None:
+    """In a graph on a GPU, puts constants and numbers there too that the model's code makes on the CPU.
+
+    Eager lets a zero-dimensional CPU tensor take part anywhere; a kernel on the GPU cannot read it.
+    """
+    inputs = placeholders(graph)
+    devices = {n.meta["val"].device for n in inputs if isinstance(n.meta.get("val"), torch.Tensor)}
+    device = next((d for d in devices if d.type != "cpu"), None)
+    if device is None:
+        return
+    mode = fake_mode(graph)
+    for number, node in enumerate(inputs[len(inputs) - len(constants) :]):
+        constant = constants[number] = constants[number].to(device)
+        with mode:
+            node.meta["val"] = torch.empty_strided(
+                constant.shape, constant.stride(), dtype=constant.dtype, device=device
+            )
+    for node in graph.nodes:
+        val = node.meta.get("val")
+        if node.op == "call_function" and isinstance(val, torch.Tensor) and val.device.type == "cpu" and val.ndim == 0:
+            kwargs = dict(node.kwargs)
+            if "device" in kwargs:
+                node.kwargs = {**kwargs, "device": device}
+    refresh_values(graph)
+
+
 def _copy_graph(graph: fx.Graph) -> fx.Graph:
     copy = fx.Graph()
     mapping: dict[Node, Node] = {}
@@ -196,8 +243,9 @@ def _check_tensor(node: Node, val: torch.Tensor) -> None:
     name = _weight_name(node) or node.name
     if val.dtype not in SUPPORTED_DTYPES:
         raise UnsupportedError(f"dtype {val.dtype} of {name} is not supported")
-    if val.device.type != "cpu":
-        raise UnsupportedError(f"device {val.device} of {name} is not supported; llmopt generates code for: cpu")
+    if val.device.type not in SUPPORTED_DEVICES:
+        known = ", ".join(SUPPORTED_DEVICES)
+        raise UnsupportedError(f"device {val.device} of {name} is not supported; llmopt generates code for: {known}")
     if val.layout != torch.strided:
         raise UnsupportedError(f"layout {val.layout} of {name} is not supported")
 

@@ -123,6 +123,46 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     return torch.matmul(x, weight.mT)
 
 
+# ---- grouped linear ------------------------------------------------------------------------------------------------
+
+
+def _grouped_linear_cost(x: Tensor, weights: Tensor, ends: Tensor) -> Cost:
+    groups, n, k = map(_size, weights.shape)
+    rows = _size(x.shape[0])
+    # A group without rows is not read.
+    read = nbytes(x, ends) + nbytes(weights) * sympy.Min(1, rows / groups)
+    return Cost(2 * rows * n * k, read, rows * n * x.element_size())
+
+
+def _grouped_linear_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
+    for counts, n, k in [((0, 1, 2), 5, 33), ((3, 0, 0, 40), 17, 64), ((1,), 130, 7)]:
+        ends = torch.tensor(counts).cumsum(0).to(torch.int32)
+        weights = _randn(rng, dtype, len(counts), n, k, scale=k**-0.5)
+        yield _randn(rng, dtype, sum(counts), k), weights, ends
+    yield _randn(rng, dtype, 9, 20), _randn(rng, dtype, 2, 6, 20, scale=20**-0.5), torch.tensor([2, 6])
+
+
+@register_op(
+    "grouped_linear(Tensor x, Tensor weights, Tensor ends) -> Tensor",
+    fake=lambda x, weights, ends: x.new_empty((x.shape[0], weights.shape[1])),
+    cost=_grouped_linear_cost,
+    samples=_grouped_linear_samples,
+    tolerances=_SUM_ORDER,
+)
+def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    """Each group of rows of `x[T, K]` times its own one of `weights[E, N, K]` transposed: `[T, N]`.
+
+    Group e are the rows from `ends[e - 1]` (0 for the first) up to `ends[e]`; ends are int32 or int64, and do not
+    decrease. Rows behind the last end give zeros.
+    """
+    out = x.new_zeros((x.shape[0], weights.shape[1]))
+    begin = 0
+    for group, end in enumerate(ends.tolist()):
+        out[begin:end] = F.linear(x[begin:end], weights[group])
+        begin = end
+    return out
+
+
 # ---- normalisation -------------------------------------------------------------------------------------------------
 
 
@@ -346,11 +386,11 @@ def rope(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
 
 
 @register_op(
-    "constant(float[] values) -> Tensor",
-    fake=lambda values: torch.empty(len(values), dtype=torch.float32),
-    cost=lambda values: Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(4 * len(values))),
+    "constant(float[] values, *, Device? device=None) -> Tensor",
+    fake=lambda values, *, device=None: torch.empty(len(values), dtype=torch.float32, device=device),
+    cost=lambda values, *, device=None: Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(4 * len(values))),
     samples=lambda dtype, rng: iter([([0.5, -1.25],)]),
 )
-def constant(values: Sequence[float]) -> Tensor:
+def constant(values: Sequence[float], *, device: torch.device | None = None) -> Tensor:
     """A float32 vector that a pass found (ALiBi slopes); computed once when weights are bound, never in a step."""
-    return torch.tensor(list(values), dtype=torch.float32)
+    return torch.tensor(list(values), dtype=torch.float32, device=device)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 
 from llmopt.compiler.errors import OptionError
+from llmopt.compiler.kv_formats import KV_CACHE_DTYPES
 
 _DTYPES = {
     "auto": None,
@@ -27,6 +28,8 @@ class Options:
     dtype: "auto" keeps the model's own type; "float32", "bfloat16" or "float16" casts the weights.
     threads: CPU threads of a step; 0 means as many as `torch.get_num_threads()` says at each call.
     block_size: tokens in one page of the KV cache.
+    kv_cache_dtype: how the KV cache stores keys and values: "auto" in the model's own type; "fp8" (e4m3), "int8" or
+        "int4" quantized, with scales for every token and head.
     kv_cache_memory_bytes: memory of the KV cache; 0 leaves it to `gpu_memory_utilization`.
     gpu_memory_utilization: the fraction of the available memory (of the machine and of its control groups) that the KV
         cache may take, up to what `max_num_seqs` of the longest sequences could hold; pages take memory once used.
@@ -35,6 +38,8 @@ class Options:
     max_num_seqs: requests that are decoded together.
     max_num_batched_tokens: most tokens of one step; longer prompts are prefilled in several.
     max_num_queued: requests that may wait for their first step; 0 is no limit.
+    batch_invariant: the logits of a request are the same to the bit alone and in any batch, in whatever chunks its
+        prompt is computed, on any number of threads. Step programs only; prefill is slower.
     disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
     fuel: stop rewriting after so many matches, to bisect a wrong result; -1 is unlimited (also `LLMOPT_FUEL`).
     verify: run the graph before and after each pass on random inputs and raise when a pass exceeds its error budget
@@ -50,6 +55,7 @@ class Options:
     dtype: str = "auto"
     threads: int = 0
     block_size: int = 16
+    kv_cache_dtype: str = "auto"
     kv_cache_memory_bytes: int = 0
     gpu_memory_utilization: float = 0.5
     enable_prefix_caching: bool = True
@@ -57,6 +63,7 @@ class Options:
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
     max_num_queued: int = 4096
+    batch_invariant: bool = False
     disabled_passes: tuple[str, ...] = ()
     fuel: int = -1
     verify: bool | str = False
@@ -156,6 +163,7 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "dtype": _one_of(*_DTYPES),
     "threads": _whole(0, 1024),
     "block_size": _whole(1, 1024),
+    "kv_cache_dtype": _one_of(*KV_CACHE_DTYPES),
     "kv_cache_memory_bytes": _whole(0),
     "gpu_memory_utilization": _fraction,
     "enable_prefix_caching": _one_of(True, False),
@@ -163,6 +171,7 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "max_num_seqs": _whole(1, 4096),
     "max_num_batched_tokens": _whole(1),
     "max_num_queued": _whole(0),
+    "batch_invariant": _one_of(True, False),
     "disabled_passes": _names,
     "fuel": _whole(-1),
     "verify": _verify,

@@ -114,6 +114,7 @@ class GraphReport:
     """One compiled graph.
 
     kind: "backend" (the caller's own arguments), "step" (a ragged batch over a paged KV cache), or "program" (a file).
+    batch_invariant: whether kernels add in an order that the batch has no part in.
     refused: why the graph is not compiled at all and runs in eager mode, else None.
     rejected: op -> reasons why a template did not take it although something else compiles it.
     frame: the function that Dynamo captured, with its compile id; `ends_at`: the break that ended the graph, if any.
@@ -131,6 +132,7 @@ class GraphReport:
     native_calls: int = 0
     seconds: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
+    batch_invariant: bool = False
     frame: str = ""
     ends_at: GraphBreak | None = None
     guards: list[str] = field(default_factory=list)

@@ -23,6 +23,7 @@ def graph_json(graph: GraphReport) -> dict[str, Any]:
         "kind": graph.kind,
         "inputs": list(graph.inputs),
         "refused": graph.refused,
+        "batch_invariant": graph.batch_invariant,
         "frame": graph.frame,
         "ends_at": vars(graph.ends_at) if graph.ends_at is not None else None,
         "guards": list(graph.guards),

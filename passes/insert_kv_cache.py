@@ -58,7 +58,7 @@ class InsertKVCache(Pass):
 
     Counted positions (arange, running sums of ones) become `positions`; the rest of the graph is proved row-local;
     logits are computed only for the rows `logits_indices`. What cannot be proved raises UnsupportedError with the op
-    and the line of the user's model.
+    and the line of the user's model. `kv_dtype` is how pages store keys and values (`compiler/kv_formats.py`).
     """
 
     name = "insert_kv_cache"
@@ -66,6 +66,7 @@ class InsertKVCache(Pass):
     required = True
 
     block_size: int = 16
+    kv_dtype: str = "auto"
 
     def run(self, graph: fx.Graph, context: PassContext) -> PassReport:
         report = PassReport(self.name)
@@ -76,11 +77,12 @@ class InsertKVCache(Pass):
         rewriter = Rewriter(graph)
         step = _add_inputs(graph, rewriter, ids, size, self.block_size)
         _replace_positions(graph, rewriter, step, symbol, report)
-        _replace_attention(graph, rewriter, step, symbol, self.block_size, report)
+        _replace_attention(graph, rewriter, step, symbol, self, report)
         _gather_logits(graph, rewriter, step, symbol)
         graph.eliminate_dead_code()
         refresh_values(graph)
-        report.notes.append(f"{len(step.caches)} attention layers")
+        stored = "" if self.kv_dtype == "auto" else f", keys and values in {self.kv_dtype}"
+        report.notes.append(f"{len(step.caches)} attention layers{stored}")
         return report
 
 
@@ -119,7 +121,7 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
         with graph.inserting_before(first):
             node = graph.placeholder(name)
         with rewriter.mode:
-            node.meta["val"] = torch.empty(shapes[name], dtype=dtype)
+            node.meta["val"] = torch.empty(shapes[name], dtype=dtype, device=tensor(ids).device)
         step.nodes[name] = node
     after = placeholders(graph)[-1].next
     with rewriter.before(after):
@@ -220,7 +222,7 @@ def _replace_attention(
     rewriter: Rewriter,
     step: StepInputs,
     symbol: sympy.Symbol,
-    block_size: int,
+    settings: InsertKVCache,
     report: PassReport,
 ) -> None:
     rows = RowLocality(symbol)
@@ -239,14 +241,15 @@ def _replace_attention(
                 location=location(node),
             )
         heads, key_size, value_size = (int(s) for s in (*tensor(k).shape[2:], tensor(v).shape[3]))
-        spec = CacheSpec(layer, heads, key_size, value_size, tensor(k).dtype, int(window))
+        spec = CacheSpec(layer, heads, key_size, value_size, tensor(k).dtype, int(window), settings.kv_dtype)
         step.caches.append(spec)
         caches = []
-        for name, width in ((f"k_cache_{layer}", key_size), (f"v_cache_{layer}", value_size)):
+        for name, width in zip((f"k_cache_{layer}", f"v_cache_{layer}"), spec.row_sizes, strict=True):
             with graph.inserting_before(first_weight):
                 cache = graph.placeholder(name)
             with rewriter.mode:
-                cache.meta["val"] = torch.empty((num_blocks, heads, block_size, width), dtype=spec.dtype)
+                shape = (num_blocks, heads, settings.block_size, width)
+                cache.meta["val"] = torch.empty(shape, dtype=spec.storage_dtype, device=tensor(k).device)
             cache.meta["cache"] = spec
             caches.append(cache)
         lookup = [step.nodes[n] for n in ("slot_mapping", "block_tables", "cu_seqlens_q", "seq_lens")]
@@ -254,6 +257,7 @@ def _replace_attention(
             new = rewriter.call(
                 llmopt_ops.paged_attention.default,
                 *(q, k, v, *caches, *lookup, scale, softcap, window, slopes, sinks),
+                *(() if settings.kv_dtype == "auto" else (settings.kv_dtype,)),
             )
         rewriter.replace(node, new)
         report.matched += 1

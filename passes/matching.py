@@ -4,15 +4,23 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch.fx.node import Node
 
-from llmopt.compiler.graph import VIEW_OPS, aten, is_op, is_tensor, reachable, same_shape, tensor, to_expr
+from llmopt.compiler.graph import VIEW_OPS, Rewriter, aten, is_op, is_tensor, reachable, same_shape, tensor, to_expr
 
 CAST = aten._to_copy.default
 MAX_INDEX = torch.iinfo(torch.int64).max
+
+
+_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
+
+
+def is_grouped_product(node: Any) -> bool:
+    """Whether a node is a grouped matrix product, under any of its names (compared as text: transformers registers)."""
+    return isinstance(node, Node) and node.op == "call_function" and str(node.target) in _GROUPED
 
 
 def is_number(arg: Any) -> bool:
@@ -77,6 +85,67 @@ def slice_range(node: Any) -> tuple[Node, int, Any, Any] | None:
     return x, dim, start, end
 
 
+class Half(NamedTuple):
+    """One half of the last dimension of `whole`: the first or second (which), or every other entry (interleaved)."""
+
+    whole: Node
+    which: int
+    interleaved: bool
+
+
+def half_of(node: Any) -> Half | None:
+    """What a node is half of: a slice, a piece of a split, or one of the pairs that a view makes of the dimension."""
+    if (piece := slice_range(node)) is not None:
+        whole, dim, start, end = piece
+        size = tensor(whole).shape[-1]
+        if dim == tensor(whole).ndim - 1 and size % 2 == 0 and (start, end) in ((0, size // 2), (size // 2, size)):
+            return Half(whole, int(start > 0), False)
+        return None
+    if is_op(node, aten.slice.Tensor):
+        whole, dim, start, end, step = (*node.args, *(None,) * 5)[:5]
+        size = tensor(whole).shape[dim or 0]
+        is_last = (dim or 0) % tensor(whole).ndim == tensor(whole).ndim - 1
+        if is_last and step == 2 and isinstance(size, int) and size % 2 == 0 and start in (None, 0, 1):
+            return Half(whole, start or 0, True) if end is None or end >= size else None
+        return None
+    split = element(node)
+    if split is not None and is_op(split[0], aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+        whole, pieces = split[0].args[0], split[0].meta["val"]
+        dim = split[0].args[2] if len(split[0].args) > 2 else split[0].kwargs.get("dim", 0)
+        even = len(pieces) == 2 and same_shape(pieces[0].shape, pieces[1].shape)
+        return Half(whole, split[1], False) if even and dim in (-1, tensor(whole).ndim - 1) else None
+    pairs, index = None, 0
+    if split is not None and is_op(split[0], aten.unbind.int):
+        pairs, index = split[0].args[0], split[1]
+        dim = split[0].args[1] if len(split[0].args) > 1 else 0
+    elif is_op(node, aten.select.int):
+        pairs, dim, index = node.args
+    if pairs is None or not is_op(pairs, aten.view.default) or dim not in (-1, tensor(pairs).ndim - 1):
+        return None
+    whole, shape = pairs.args[0], tensor(pairs).shape
+    if shape[-1] != 2 or tensor(whole).ndim != len(shape) - 1 or not same_shape(tensor(whole).shape[:-1], shape[:-2]):
+        return None
+    return Half(whole, index, True) if index in (0, 1) else None
+
+
+def prefix_and_rest(prefix: Any, rest: Any) -> Node | None:
+    """The tensor of which `prefix` and `rest` are the first and the second part of the last dimension."""
+    first, second = slice_range(prefix), slice_range(rest)
+    if first is not None and second is not None:
+        whole, last = first[0], tensor(first[0]).ndim - 1
+        joined = first[1:3] == (last, 0) and second == (whole, last, first[3], tensor(whole).shape[-1])
+        return whole if joined else None
+    parts = element(prefix), element(rest)
+    if parts[0] is None or parts[1] is None or parts[0][0] is not parts[1][0] or (parts[0][1], parts[1][1]) != (0, 1):
+        return None
+    split = parts[0][0]
+    if not is_op(split, aten.split.Tensor, aten.split_with_sizes.default, aten.chunk.default):
+        return None
+    dim = split.args[2] if len(split.args) > 2 else split.kwargs.get("dim", 0)
+    whole = split.args[0]
+    return whole if len(split.meta["val"]) == 2 and dim in (-1, tensor(whole).ndim - 1) else None
+
+
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
     """Same dtype and shape, for every value of the symbols."""
     return a.dtype == b.dtype and same_shape(a.shape, b.shape)
@@ -115,6 +184,17 @@ def transposed(node: Any, a: int, b: int) -> Node | None:
     a, b = a % ndim, b % ndim
     want[a], want[b] = want[b], want[a]
     return x if permutation(node) == want else None
+
+
+def inner_last(rewriter: Rewriter, weights: Node) -> Node:
+    """The second factor `[..., K, N]` of a product as a dense `[..., N, K]`: what it is the transpose of, or a copy.
+
+    A copy of a parameter is made once, when weights are bound.
+    """
+    turned = transposed(weights, -1, -2) or rewriter.call(aten.transpose.int, weights, -1, -2)
+    if tensor(turned).is_contiguous():
+        return turned
+    return rewriter.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
 
 
 def permutation(node: Node) -> list[int]:

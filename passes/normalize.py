@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import operator
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import fx
@@ -33,6 +35,8 @@ _SYNONYMS = {
     aten.add.Scalar: aten.add.Tensor,
     aten.sub.Scalar: aten.sub.Tensor,
 }
+
+_EXTREMES: dict[Any, Any] = {aten.max.dim: aten.amax.default, aten.min.dim: aten.amin.default}
 
 # What eager mode computes into new memory, even where nothing changes.
 _FRESH = (
@@ -153,11 +157,21 @@ class Normalize(Pass):
                 return _copied(rewriter, node)
             if is_op(node, aten.cat.default):
                 return _without_empty_pieces(rewriter, node)
+            if is_op(node, operator.getitem) and is_op(node.args[0], *_EXTREMES) and node.args[1] == 0:
+                return _extreme(rewriter, node.args[0])
             if is_op(node, aten.einsum.default):
                 return expand_op(rewriter, node)
             if is_op(node, CAST) and set(node.kwargs) > {"dtype"} and node.kwargs.get("memory_format") is None:
                 return rewriter.call(CAST, node.args[0], dtype=tensor(node).dtype)
         return None
+
+
+def _extreme(rewriter: Rewriter, node: Node) -> Node | None:
+    """The values of `max(x, dim)` or `min(x, dim)` alone, where nobody asks for their places."""
+    if any(user.args[1] != 0 for user in node.users):
+        return None
+    x, dim, keep = (*node.args, False)[:3]
+    return rewriter.call(_EXTREMES[node.target], x, [dim], node.kwargs.get("keepdim", keep))
 
 
 def _without_empty_pieces(rewriter: Rewriter, node: Node) -> Node | None:

@@ -10,24 +10,30 @@ from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.merge_linears import MergeLinears
 from llmopt.passes.normalize import Normalize, SimplifyViews
 from llmopt.passes.raise_batched_linear import RaiseBatchedLinear
+from llmopt.passes.raise_convolution import RaiseConvolution
 from llmopt.passes.raise_gated_act import RaiseGatedAct
+from llmopt.passes.raise_grouped_linear import RaiseGroupedLinear
 from llmopt.passes.raise_linear import RaiseLinear
 from llmopt.passes.raise_moe import RaiseMoe
 from llmopt.passes.raise_norms import RaiseNorms
 from llmopt.passes.raise_rope import RaiseRope
 from llmopt.passes.registry import register_pass, unregister_pass, with_registered
+from llmopt.passes.split_complex import SplitComplex
 from llmopt.passes.substitute_attention import SubstituteAttention
 
 # Any captured graph: from ATen to the vocabulary.
 RAISING: tuple[Pass, ...] = (
     Normalize(),
     EliminateCommon(),
+    SplitComplex(),
+    RaiseConvolution(),
     RaiseLinear(),
     RaiseNorms(),
     SubstituteAttention(),
     RaiseRope(),
     RaiseGatedAct(),
     RaiseMoe(),
+    RaiseGroupedLinear(),
     RaiseBatchedLinear(),
     SimplifyViews(),
 )
@@ -49,9 +55,9 @@ def backend_pipeline() -> tuple[Pass, ...]:
     return with_registered(BACKEND)
 
 
-def step_pipeline(block_size: int) -> tuple[Pass, ...]:
+def step_pipeline(block_size: int, kv_dtype: str = "auto") -> tuple[Pass, ...]:
     """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens."""
-    return with_registered((*RAISING, InsertKVCache(block_size=block_size), *FUSING))
+    return with_registered((*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), *FUSING))
 
 
 pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16))

@@ -14,6 +14,7 @@ from typing import Any
 import sympy
 import torch
 from torch.fx.node import Node, map_arg
+from torch.utils._pytree import tree_map
 
 from llmopt.compiler.graph import aten, is_op, is_tensor, tensor, to_expr
 
@@ -65,7 +66,7 @@ class PointValues:
             return self.whole(node)[index] if index else self.whole(node).expand(())
         if is_op(node, *_POINTWISE):
             args = [self._operand(node, a, index) for a in node.args]
-            return node.target(*args, **dict(node.kwargs))
+            return node.target(*args, **_on_cpu(dict(node.kwargs)))
         through = self._through(node, index)
         if through is not None:
             return self.at(*through)
@@ -125,8 +126,14 @@ class PointValues:
             if is_tensor(node) and math.prod(self.shape(node)) > _LIMIT:
                 raise NotEvaluable(f"{node.name} is too large to be computed whole")
             bind = lambda n: self.whole(n) if is_tensor(n) else self.size(n)  # noqa: E731
-            self._whole[node] = node.target(*map_arg(node.args, bind), **map_arg(dict(node.kwargs), bind))
+            args, kwargs = map_arg((node.args, dict(node.kwargs)), bind)
+            self._whole[node] = node.target(*_on_cpu(args), **_on_cpu(kwargs))
         return self._whole[node]
+
+
+def _on_cpu(arguments: Any) -> Any:
+    """The arguments of an op as they are for a model on the CPU: a few points are evaluated there, wherever it runs."""
+    return tree_map(lambda a: torch.device("cpu") if isinstance(a, torch.device) else a, arguments)
 
 
 def _ravel(index: tuple[Tensor, ...], shape: list[int]) -> Tensor:

@@ -11,10 +11,8 @@ from torch.fx.node import Node
 from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, tensor
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.vocabulary import llmopt_ops
-from llmopt.passes.matching import CAST, element, only_user, through_casts, transposed
+from llmopt.passes.matching import CAST, element, inner_last, is_grouped_product, only_user, through_casts
 from llmopt.passes.raise_gated_act import activation_name
-
-_GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
 @dataclass(frozen=True)
@@ -23,7 +21,7 @@ class _MoeMatch:
     x: Node
     ids: Node
     weights: Node
-    gate_up: Node
+    gate_up: Node  # [E, K, N], as the grouped products take them
     down: Node
     act: str
 
@@ -32,7 +30,8 @@ class _MoeMatch:
 class RaiseMoe(Pass):
     """Before: rows gathered in the order of their experts, `grouped_mm` by gate and up, `act(gate) * up`,
     `grouped_mm` by down, scaled by the router's weights, scattered back and summed over each row's experts.
-    After: `llmopt.moe(x, expert_ids, expert_weights, gate_up, down, act)`.
+    After: `llmopt.moe(x, expert_ids, expert_weights, gate_up, down, act)`, weights stored `[E, K, N]` transposed when
+    they are bound.
     """
 
     name = "raise_moe"
@@ -41,7 +40,7 @@ class RaiseMoe(Pass):
         report = PassReport(self.name)
         rewriter = Rewriter(graph)
         for node in list(graph.nodes):
-            if node._erased or str(node.target) not in _GROUPED:
+            if node._erased or not is_grouped_product(node):
                 continue
             first = element_chain(node.args[0])
             if first is None:  # the product by gate and up; the match starts from the one by down
@@ -53,7 +52,8 @@ class RaiseMoe(Pass):
             if not context.burn():
                 break
             with rewriter.before(match.last):
-                arguments = (match.x, match.ids, match.weights, match.gate_up, match.down, match.act)
+                experts = [inner_last(rewriter, weights) for weights in (match.gate_up, match.down)]
+                arguments = (match.x, match.ids, match.weights, *experts, match.act)
                 new = rewriter.call(llmopt_ops.moe.default, *arguments)
             rewriter.replace(match.last, new)
             report.matched += 1
@@ -72,14 +72,11 @@ def element_chain(hidden: Any) -> tuple[Node, str] | None:
     if None in halves or halves[0][0] is not halves[1][0] or (halves[0][1], halves[1][1]) != (0, 1):  # type: ignore[index]
         return None
     product = halves[0][0].args[0]  # type: ignore[index]
-    return (product, act) if str(product.target) in _GROUPED else None
+    return (product, act) if is_grouped_product(product) else None
 
 
 def _match(down_product: Node, product: Node, act: str) -> _MoeMatch | str:
     """The whole block around the two grouped products, or why it is none."""
-    weights = [transposed(n.args[1], -1, -2) for n in (product, down_product)]
-    if None in weights:
-        return "expert weights are not [E, N, K]"
     gathered: Any = product.args[0]
     if not is_op(gathered, aten.index.Tensor) or len(gathered.args[1]) != 1:
         return "rows are not gathered by expert"
@@ -113,7 +110,7 @@ def _match(down_product: Node, product: Node, act: str) -> _MoeMatch | str:
         return last
     if tensor(last).dtype != tensor(x).dtype:
         return "the sum is not converted back to the input's type"
-    return _MoeMatch(last, x, ids, router, weights[0], weights[1], act)
+    return _MoeMatch(last, x, ids, router, product.args[1], down_product.args[1], act)
 
 
 def _summed(scaled: Node, order: Node, top_k: int) -> Node | str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -23,6 +23,7 @@ class _RmsMatch:
     eps: float
     weight_offset: float
     cast_first: bool
+    centred: bool = False  # the mean is taken off first: a layer norm
 
 
 @dataclass(frozen=True)
@@ -30,7 +31,8 @@ class RaiseNorms(Pass):
     """Before: `v = mean(pow(float(x), 2), -1); y = w * to(float(x) * rsqrt(v + eps), dtype)`.
     After: `y = llmopt.rms_norm(x, w, eps, 0.0, True)`; `aten.layer_norm` and `aten.rms_norm` likewise.
 
-    The float32 upcast, `1 + weight`, and a norm without weight are the same op with other arguments.
+    The float32 upcast, `1 + weight`, a norm without weight, and the root as a power or a divisor are the same op with
+    other arguments. Where `x` is `y - mean(y)`, it is a layer norm of `y`.
     """
 
     name = "raise_norms"
@@ -61,29 +63,32 @@ class RaiseNorms(Pass):
                     new = rewriter.call(llmopt_ops.rms_norm.default, args[0], args[2], eps, 0.0, False)
             rewriter.replace(node, new)
             report.matched += 1
-        for node in nodes_of(graph, aten.rsqrt.default):
+        for node in nodes_of(graph, aten.rsqrt.default, aten.pow.Tensor_Scalar, aten.sqrt.default):
             match = match_rms_norm(node)
+            if match is None:
+                continue
             if isinstance(match, str):
                 report.skipped[match] += 1
                 continue
             if not context.burn():
                 return report
             with rewriter.before(match.last):
-                arguments = (match.x, match.weight, match.eps, match.weight_offset, match.cast_first)
-                new = rewriter.call(llmopt_ops.rms_norm.default, *arguments)
+                arguments: tuple[Any, ...] = (match.x, match.weight, match.eps, match.weight_offset, match.cast_first)
+                if match.centred:
+                    new = rewriter.call(llmopt_ops.layer_norm.default, match.x, match.weight, None, match.eps)
+                else:
+                    new = rewriter.call(llmopt_ops.rms_norm.default, *arguments)
             rewriter.replace(match.last, new)
             report.matched += 1
         return report
 
 
-def match_rms_norm(rsqrt: Node) -> _RmsMatch | str:
-    """The normalisation around one `rsqrt`, or why it is none."""
-    shifted: Any = rsqrt.args[0]
-    if not is_op(shifted, aten.add.Tensor):
-        return "rsqrt of something that is not mean(x^2) + eps"
-    mean, eps = shifted.args
+def match_rms_norm(root: Node) -> _RmsMatch | str | None:
+    """The normalisation around one root of a mean, or why it is none; None for a root of something else altogether."""
+    shifted: Any = root.args[0]
+    mean, eps = (*shifted.args, None)[:2] if is_op(shifted, aten.add.Tensor) else (None, None)
     if not is_number(eps) or not is_op(mean, aten.mean.dim):
-        return "rsqrt of something that is not mean(x^2) + eps"
+        return "rsqrt of something that is not mean(x^2) + eps" if is_op(root, aten.rsqrt.default) else None
     power, dims, *keep = mean.args
     if [d % tensor(power).ndim for d in dims] != [tensor(power).ndim - 1] or keep[:1] != [True]:
         return "mean over other dimensions than the last"
@@ -93,14 +98,42 @@ def match_rms_norm(rsqrt: Node) -> _RmsMatch | str:
         wide = power.args[0]
     else:
         return "mean of something that is not x^2"
-    product = only_user(rsqrt)
-    if product is None or not is_op(product, aten.mul.Tensor) or other(product, rsqrt) is not wide:
+    product = only_user(root)
+    factor = _factor(product, root) if product is not None else None
+    # T5 multiplies x as it came, which is converted within the product.
+    if product is None or factor is None or not (factor is wide or (is_op(wide, CAST) and factor is wide.args[0])):
         return "x is not multiplied by the root"
-    x = strip_casts(wide)
-    dtype = tensor(x).dtype
-    if tensor(wide).dtype != torch.float32:
+    if tensor(wide).dtype != torch.float32 or tensor(product).dtype != torch.float32:
         return "statistics are not in float32"
-    return _with_weight(product, x, dtype, float(eps))
+    centred = _less_its_mean(wide)
+    x = strip_casts(centred if centred is not None else wide)
+    match = _with_weight(product, x, tensor(x).dtype, float(eps))
+    if centred is None or isinstance(match, str):
+        return match
+    weight = match.weight
+    rounds_once = tensor(x).dtype == torch.float32 or not match.cast_first
+    if match.weight_offset or not rounds_once or (weight is not None and tensor(weight).dtype != tensor(x).dtype):
+        return "a layer norm whose weight is shifted, or whose result is rounded before the weight"
+    return replace(match, centred=True)
+
+
+def _factor(product: Node, root: Node) -> Any:
+    """What is divided by the standard deviation, given the root of the variance or of its inverse."""
+    if is_op(root, aten.sqrt.default):
+        return product.args[0] if is_op(product, aten.div.Tensor) and product.args[1] is root else None
+    if is_op(root, aten.pow.Tensor_Scalar) and root.args[1] != -0.5:
+        return None
+    return other(product, root) if is_op(product, aten.mul.Tensor) else None
+
+
+def _less_its_mean(node: Node) -> Node | None:
+    """y of `y - mean(y, -1, keepdim=True)`."""
+    if not is_op(node, aten.sub.Tensor) or node.kwargs.get("alpha", 1) != 1:
+        return None
+    y, mean = node.args[:2]
+    if not is_op(mean, aten.mean.dim) or mean.args[0] is not y or mean.args[2:3] != (True,):
+        return None
+    return y if [d % tensor(y).ndim for d in mean.args[1]] == [tensor(y).ndim - 1] else None
 
 
 def _with_weight(product: Node, x: Node, dtype: torch.dtype, eps: float) -> _RmsMatch | str:

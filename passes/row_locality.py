@@ -35,6 +35,7 @@ _ALONG: dict[Any, tuple[int, Any]] = {
     aten.topk.default: (2, -1),
     aten.sort.default: (1, -1),
     aten.cat.default: (1, 0),
+    aten.repeat_interleave.self_int: (2, None),
     aten.index_select.default: (1, None),
     aten.gather.default: (1, None),
     aten.split.Tensor: (2, 0),

@@ -96,7 +96,9 @@ class SubstituteAttention(Pass):
             q, k, v = (rewriter.call(aten.transpose.int, t, 1, 2) for t in (match.q, k, v))
             slopes = None
             if rule.alibi_slopes is not None:
-                slopes = rewriter.call(llmopt_ops.constant.default, list(rule.alibi_slopes))
+                device = tensor(q).device
+                where = {} if device.type == "cpu" else {"device": device}
+                slopes = rewriter.call(llmopt_ops.constant.default, list(rule.alibi_slopes), **where)
             new = rewriter.call(
                 llmopt_ops.attention.default,
                 *(q, k, v, mask, rule.causal, match.scale, match.softcap, rule.window, slopes, None),

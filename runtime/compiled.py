@@ -10,7 +10,7 @@ import torch
 from torch import fx
 
 from llmopt.codegen.lower import Lowered
-from llmopt.runtime.executable import Executable
+from llmopt.runtime.cuda_executable import make_executable
 from llmopt.runtime.weights import WeightBinder
 
 
@@ -26,7 +26,7 @@ class CompiledGraph:
     ) -> None:
         self.lowered = lowered
         self._constants = list(constants)
-        self.executable = Executable(lowered.program, threads)
+        self.executable = make_executable(lowered.program, threads)
         self.binder = WeightBinder(graph, lowered.weights)
         self._bound: list[int] | None = None
         self._lock = threading.Lock()

@@ -14,9 +14,11 @@ import torch
 from llmopt.codegen.cpu.native import ABSENT, NativeCall, NativePlan, TensorOperand
 from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
-from llmopt.codegen.index import add, evaluate, to_postfix
+from llmopt.codegen.index import Index, add, evaluate, to_postfix
 from llmopt.codegen.loops.print_cpp import print_kernel
+from llmopt.codegen.loops.print_triton import print_triton
 from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, Value, View
+from llmopt.codegen.triton.templates import template_source
 from llmopt.compiler.errors import InputError
 
 Tensor = torch.Tensor
@@ -25,6 +27,8 @@ _profiling = torch._C._autograd._profiler_enabled
 
 # Base 0 of a native call is the arena; value i has base i + 1.
 _ARENA = 0
+# Sets of sizes whose numbers are kept. A decode step has the same ones for a page of tokens or longer.
+_MAX_SIZES = 256
 
 
 def kernel_entry(spec: KernelSpec) -> str:
@@ -38,11 +42,36 @@ def kernel_name(spec: KernelSpec) -> str:
     return f"{spec.template}<{arguments}>" if arguments else spec.template
 
 
-def kernel_source(spec: KernelSpec) -> str:
-    """The translation unit of a kernel."""
+def kernel_source(spec: KernelSpec, batch_invariant: bool = False, target: str = "cpu") -> str:
+    """The text that a kernel is compiled from: a C++ translation unit, or for "cuda" a module of Triton kernels.
+
+    For `batch_invariant` see `Program.batch_invariant`.
+    """
+    if target == "cuda":
+        return print_triton(spec.loop) if spec.loop is not None else template_source(spec.template)
     if spec.loop is not None:
         return print_kernel(spec.loop, kernel_entry(spec))
-    return source_of(spec, kernel_entry(spec))
+    return source_of(spec, kernel_entry(spec), batch_invariant)
+
+
+class _Sizes(dict[str, int]):
+    """The value of each symbol in a call, and of every index expression that was asked for at these sizes.
+
+    Expressions are known by identity: they belong to the program, which outlives this.
+    """
+
+    def __init__(self, values: Mapping[str, int]) -> None:
+        super().__init__(values)
+        self._known: dict[int, int] = {}
+
+    def at(self, index: Index) -> int:
+        """The value of `index`."""
+        if isinstance(index, int):
+            return index
+        known = self._known.get(id(index))
+        if known is None:
+            known = self._known[id(index)] = evaluate(index, self)
+        return known
 
 
 class Executable:
@@ -55,24 +84,28 @@ class Executable:
     Raises ToolchainError when the kernels cannot be compiled.
     """
 
+    device = torch.device("cpu")
+
     def __init__(self, program: Program, threads: int = 0) -> None:
         self.program = program
         self.threads = threads
         self._bases = np.zeros(len(program.values) + 1, np.int64)
         self._positions = {symbol.name: i for i, symbol in enumerate(program.symbols)}
         self._symbols = np.zeros(max(1, len(program.symbols)), np.int64)
+        self._sizes: dict[tuple[int, ...], _Sizes] = {}
         self._tensors: list[Any] = [None] * len(program.values)
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._aten_seconds: dict[int, float] | None = None
         self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
         self._steps = self._build()
 
-    def _build(self) -> list[NativePlan | AtenCall]:
+    def _build(self) -> list[Any]:
         """Neighbouring kernel calls become one native call."""
         program = self.program
-        library = build_library([kernel_source(spec) for spec in program.kernels]) if program.kernels else None
+        sources = [kernel_source(spec, program.batch_invariant) for spec in program.kernels]
+        library = build_library(sources) if sources else None
         entries = [kernel_entry(spec) for spec in program.kernels]
-        steps: list[NativePlan | AtenCall] = []
+        steps: list[Any] = []
         pending: list[NativeCall] = []
 
         def flush() -> None:
@@ -104,6 +137,11 @@ class Executable:
         ints = tuple(to_postfix(i, self._positions) for i in call.ints)
         label = f"llmopt::{call.origin} [{kernel_name(self.program.kernels[call.kernel])}]"
         return NativeCall(entries[call.kernel], tuple(operands), ints, call.floats, call.sync_after, label)
+
+    @property
+    def num_kernel_runs(self) -> int:
+        """How often one run goes over from ATen, or from the caller, to kernels."""
+        return sum(not isinstance(step, AtenCall) for step in self._steps)
 
     @property
     def native_plans(self) -> list[NativePlan]:
@@ -144,17 +182,13 @@ class Executable:
             if slot is not None:
                 tensors[slot] = argument
                 bases[slot + 1] = argument.data_ptr()
-        sizes: dict[str, int] = {}
-        for i, symbol in enumerate(program.symbols):
-            source = arguments[symbol.index]
-            number = int(source if symbol.dim < 0 else source.shape[symbol.dim])
-            self._symbols[i] = sizes[symbol.name] = number
-        needed = evaluate(program.arena_bytes, sizes)
+        sizes = self._sizes_of(arguments)
+        needed = sizes.at(program.arena_bytes)
         if self._arena.numel() < needed + 64:
-            self._arena = torch.empty(needed + 64, dtype=torch.uint8)
+            self._arena = torch.empty(needed + 64, dtype=torch.uint8, device=self.device)
         bases[_ARENA] = self._arena.data_ptr() + 63 & ~63
         for slot in self._fresh:
-            tensors[slot] = made = _empty(program.values[slot], sizes)
+            tensors[slot] = made = _empty(program.values[slot], sizes, self.device)
             bases[slot + 1] = made.data_ptr()
         # A profiler sees each kernel by name; without one the calls are not told apart.
         run = self._run_in_spans if _profiling() else self._run_step
@@ -165,9 +199,9 @@ class Executable:
             tensors[slot] = None
         return results
 
-    def _run_step(self, step: NativePlan | AtenCall, sizes: Mapping[str, int]) -> None:
-        if isinstance(step, NativePlan):
-            step.run(self._bases, self._symbols, self.threads)
+    def _run_step(self, step: Any, sizes: _Sizes) -> None:
+        if not isinstance(step, AtenCall):
+            self._run_kernels(step, sizes)
         elif self._aten_seconds is None:
             self._run_aten(step, sizes)
         else:
@@ -175,12 +209,14 @@ class Executable:
             self._run_aten(step, sizes)
             self._aten_seconds[id(step)] += time.perf_counter() - begin
 
-    def _run_in_spans(self, step: NativePlan | AtenCall, sizes: Mapping[str, int]) -> None:
+    def _run_in_spans(self, step: Any, sizes: _Sizes) -> None:
         if isinstance(step, NativePlan):
             step.run_by_call(self._bases, self._symbols, self.threads, torch.profiler.record_function)
-        else:
+        elif isinstance(step, AtenCall):
             with torch.profiler.record_function(f"llmopt::aten {step.op}"):
                 self._run_aten(step, sizes)
+        else:  # a GPU's kernels have names of their own
+            self._run_kernels(step, sizes)
 
     @property
     def last_sizes(self) -> dict[str, int]:
@@ -204,7 +240,25 @@ class Executable:
             )
         return found
 
-    def _run_aten(self, call: AtenCall, sizes: Mapping[str, int]) -> None:
+    def _sizes_of(self, arguments: Sequence[Any]) -> _Sizes:
+        """The sizes of this call: what was computed for them before serves again."""
+        numbers = []
+        for symbol in self.program.symbols:
+            source = arguments[symbol.index]
+            numbers.append(int(source if symbol.dim < 0 else source.shape[symbol.dim]))
+        key = tuple(numbers)
+        sizes = self._sizes.get(key)
+        if sizes is None:
+            if len(self._sizes) >= _MAX_SIZES:
+                self._sizes.clear()
+            sizes = self._sizes[key] = _Sizes({s.name: n for s, n in zip(self.program.symbols, key, strict=True)})
+        self._symbols[: len(key)] = key
+        return sizes
+
+    def _run_kernels(self, step: Any, sizes: Mapping[str, int]) -> None:
+        step.run(self._bases, self._symbols, self.threads)
+
+    def _run_aten(self, call: AtenCall, sizes: _Sizes) -> None:
         namespace, name, overload = call.op.split(".")
         op = getattr(getattr(getattr(torch.ops, namespace), name), overload)
         args, kwargs = (
@@ -216,28 +270,28 @@ class Executable:
             if slot < 0:
                 continue
             value = self.program.values[slot]
-            strides = tuple(evaluate(s, sizes) for s in value.strides)
+            strides = tuple(sizes.at(s) for s in value.strides)
             if item.stride() != strides and item.numel() > 1:
-                item = torch.empty_strided(item.shape, strides, dtype=item.dtype).copy_(item)
+                item = torch.empty_strided(item.shape, strides, dtype=item.dtype, device=item.device).copy_(item)
             self._tensors[slot] = item
             self._bases[slot + 1] = item.data_ptr()
 
-    def _resolve(self, arg: Any, sizes: Mapping[str, int]) -> Any:
+    def _resolve(self, arg: Any, sizes: _Sizes) -> Any:
         if isinstance(arg, View):
             tensor = self._tensors[arg.value]
-            shape = [evaluate(s, sizes) for s in arg.sizes]
-            strides = [evaluate(s, sizes) for s in arg.strides]
-            offset = evaluate(arg.offset, sizes)
+            shape = [sizes.at(s) for s in arg.sizes]
+            strides = [sizes.at(s) for s in arg.strides]
+            offset = sizes.at(arg.offset)
             if offset == 0 and list(tensor.shape) == shape and list(tensor.stride()) == strides:
                 return tensor
             return torch.as_strided(tensor, shape, strides, tensor.storage_offset() + offset)
         if isinstance(arg, Size):
-            return evaluate(arg.index, sizes)
+            return sizes.at(arg.index)
         if isinstance(arg, list):
             return [self._resolve(a, sizes) for a in arg]
         return arg
 
-    def _finish(self, arguments: Sequence[Any], sizes: Mapping[str, int]) -> list[Any]:
+    def _finish(self, arguments: Sequence[Any], sizes: _Sizes) -> list[Any]:
         """Writes new values back into mutated arguments, then makes the results.
 
         A result that looks at such a value becomes a view of the argument, as it would be in eager mode.
@@ -252,13 +306,13 @@ class Executable:
             if isinstance(result, View) and result.value in moved:
                 target = arguments[moved[result.value]]
                 value = self.program.values[result.value]
-                if list(target.stride()) == [evaluate(s, sizes) for s in value.strides]:
+                if list(target.stride()) == [sizes.at(s) for s in value.strides]:
                     self._tensors[result.value] = target
             results.append(self._resolve(result, sizes))
         return results
 
 
-def _empty(value: Value, sizes: Mapping[str, int]) -> Tensor:
-    shape = [evaluate(s, sizes) for s in value.sizes]
-    strides = [evaluate(s, sizes) for s in value.strides]
-    return torch.empty_strided(shape, strides, dtype=value.dtype)
+def _empty(value: Value, sizes: _Sizes, device: torch.device) -> Tensor:
+    shape = [sizes.at(s) for s in value.sizes]
+    strides = [sizes.at(s) for s in value.strides]
+    return torch.empty_strided(shape, strides, dtype=value.dtype, device=device)

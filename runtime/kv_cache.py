@@ -10,16 +10,18 @@ from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.block_pool import BlockPool
 
 
-def make_tensors(specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> list[torch.Tensor]:
-    """Per layer a key and a value tensor `[num_blocks, kv_heads, block_size, head_size]`.
+def make_tensors(
+    specs: Sequence[CacheSpec], num_blocks: int, block_size: int, device: torch.device | str = "cpu"
+) -> list[torch.Tensor]:
+    """Per layer a key and a value tensor `[num_blocks, kv_heads, block_size, row]`, `row` as `CacheSpec` has it.
 
     Not initialised: nothing is read that was not written, and the memory of pages that were never used is never
     touched, so that a large pool costs no more than what was in use at once.
     """
     return [
-        torch.empty((num_blocks, spec.kv_heads, block_size, width), dtype=spec.dtype)
+        torch.empty((num_blocks, spec.kv_heads, block_size, width), dtype=spec.storage_dtype, device=device)
         for spec in specs
-        for width in (spec.key_size, spec.value_size)
+        for width in spec.row_sizes
     ]
 
 
@@ -29,9 +31,15 @@ class KVCache:
     A block is one page in every layer at once, so requests hold lists of block numbers.
     """
 
-    def __init__(self, specs: Sequence[CacheSpec], num_blocks: int, block_size: int) -> None:
+    def __init__(
+        self,
+        specs: Sequence[CacheSpec],
+        num_blocks: int,
+        block_size: int,
+        device: torch.device | str = "cpu",
+    ) -> None:
         self.block_size, self.num_blocks = block_size, num_blocks
-        self.tensors = make_tensors(specs, num_blocks, block_size)
+        self.tensors = make_tensors(specs, num_blocks, block_size, device)
         self.pool = BlockPool(num_blocks, block_size)
 
     @property

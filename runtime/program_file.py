@@ -21,11 +21,12 @@ from tokenizers import Tokenizer
 
 from llmopt.codegen import program_json
 from llmopt.compiler.errors import InputError, ProgramFileError
+from llmopt.compiler.kv_formats import KV_CACHE_DTYPES
 from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
-VERSION = 1
+VERSION = 2
 # Entries of the safetensors metadata: the description, and the digest that tells damage from design.
 DESCRIPTION, CHECKSUM = "llmopt", "llmopt.sha256"
 
@@ -62,7 +63,7 @@ def save_program(
         "weights": names,
         "block_size": program.block_size,
         "caches": [
-            [c.layer, c.kv_heads, c.key_size, c.value_size, program_json.dtype_name(c.dtype), c.window]
+            [c.layer, c.kv_heads, c.key_size, c.value_size, program_json.dtype_name(c.dtype), c.window, c.kv_dtype]
             for c in program.caches
         ],
         "vocab_size": vocab_size,
@@ -119,7 +120,7 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     program = program_json.from_json(data["program"])
     step = StepProgram(program, _caches(data["caches"]), _positive(data, "block_size", 1024), threads)
     try:
-        step.bind([tensors[name] for name in names])
+        step.bind([tensors[name].to(step.executable.device) for name in names])
     except InputError as error:
         raise ProgramFileError(str(error)) from error
     eos = data["eos_token_ids"]
@@ -166,13 +167,14 @@ def _positive(data: dict[str, Any], key: str, most: int) -> int:
 def _caches(data: Any) -> list[CacheSpec]:
     specs = []
     for row in data if isinstance(data, list) else [None]:
-        if not isinstance(row, list) or len(row) != 6:
+        if not isinstance(row, list) or len(row) != 7 or row[6] not in KV_CACHE_DTYPES:
             raise ProgramFileError("malformed cache description")
         numbers = [row[i] for i in (0, 1, 2, 3, 5)]
         if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers):
             raise ProgramFileError("malformed cache description")
-        layer, heads, key_size, value_size, dtype, window = row
-        specs.append(CacheSpec(layer, heads, key_size, value_size, program_json.read_dtype(dtype), window))
+        layer, heads, key_size, value_size, dtype, window, kv_dtype = row
+        read = program_json.read_dtype(dtype)
+        specs.append(CacheSpec(layer, heads, key_size, value_size, read, window, kv_dtype))
     return specs
 
 

@@ -3,65 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 
-import numpy as np
 import torch
 
 from llmopt.codegen.program import Program
 from llmopt.compiler.step import STEP_INPUTS, CacheSpec
-from llmopt.runtime.executable import Executable
+from llmopt.runtime.cuda_executable import make_executable
+from llmopt.runtime.cuda_graphs import DecodeGraphs
 from llmopt.runtime.kv_cache import KVCache
+from llmopt.runtime.step_batch import StepBatch
 
 Tensor = torch.Tensor
-
-
-@dataclass(frozen=True)
-class StepBatch:
-    """One ragged batch of T tokens of B requests; see `compiler.step.STEP_INPUTS` for shapes and dtypes."""
-
-    input_ids: Tensor
-    positions: Tensor
-    slot_mapping: Tensor
-    cu_seqlens_q: Tensor
-    seq_lens: Tensor
-    block_tables: Tensor
-    logits_indices: Tensor
-
-    @staticmethod
-    def build(
-        tokens: Sequence[Sequence[int]],
-        starts: Sequence[int],
-        blocks: Sequence[Sequence[int]],
-        block_size: int,
-        all_logits: bool = False,
-    ) -> StepBatch:
-        """A batch of `tokens[b]`, which stand at positions `starts[b]`, ... of a request that holds `blocks[b]`.
-
-        Logits are asked for the last token of each request, or for every token.
-        """
-        counts = np.array([len(t) for t in tokens], np.int64)
-        ends = np.cumsum(counts)
-        starts_array = np.array(starts, np.int64)
-        ids = np.fromiter((t for row in tokens for t in row), np.int64, int(ends[-1]))
-        within = np.arange(ends[-1]) - np.repeat(ends - counts, counts)
-        positions = within + np.repeat(starts_array, counts)
-        tables = np.zeros((len(tokens), max(map(len, blocks))), np.int32)
-        for row, held in enumerate(blocks):
-            tables[row, : len(held)] = held
-        owner = np.repeat(np.arange(len(tokens)), counts)
-        slots = tables[owner, positions // block_size].astype(np.int64) * block_size + positions % block_size
-        rows = np.arange(ends[-1]) if all_logits else ends - 1
-        arrays = (
-            ids,
-            positions,
-            slots,
-            np.concatenate([[0], ends]).astype(np.int32),
-            (starts_array + counts).astype(np.int32),
-            tables,
-            rows,
-        )
-        return StepBatch(*(torch.from_numpy(np.ascontiguousarray(a)) for a in arrays))
 
 
 class StepProgram:
@@ -72,11 +24,20 @@ class StepProgram:
         caches: what each attention layer stores.
         block_size: tokens in one page.
         threads: CPU threads, 0 for PyTorch's number.
+        device: where a program for a GPU runs, None for the current GPU.
     """
 
-    def __init__(self, program: Program, caches: Sequence[CacheSpec], block_size: int, threads: int = 0) -> None:
+    def __init__(
+        self,
+        program: Program,
+        caches: Sequence[CacheSpec],
+        block_size: int,
+        threads: int = 0,
+        device: torch.device | None = None,
+    ) -> None:
         self.program, self.caches, self.block_size = program, list(caches), block_size
-        self.executable = Executable(program, threads)
+        self.executable = make_executable(program, threads, device)
+        self.graphs = DecodeGraphs(self.run) if program.target == "cuda" and not program.fallbacks else None
         self.rows_computed = 0
         self.num_steps = 0
 
@@ -86,7 +47,7 @@ class StepProgram:
 
     def new_cache(self, num_blocks: int) -> KVCache:
         """An empty KV cache for this program."""
-        return KVCache(self.caches, num_blocks, self.block_size)
+        return KVCache(self.caches, num_blocks, self.block_size, self.executable.device)
 
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
@@ -96,8 +57,20 @@ class StepProgram:
         """Logits `[R, V]` of the rows that the batch asks for; keys and values of its tokens are in the cache then."""
         self.rows_computed += batch.input_ids.shape[0]
         self.num_steps += 1
-        inputs = [getattr(batch, name) for name in STEP_INPUTS]
+        if self.graphs is not None:
+            logits = self.graphs(batch, cache, self.executable)
+            if logits is not None:
+                return logits
+        return self.run(batch, cache).cpu()
+
+    def run(self, batch: StepBatch, cache: KVCache) -> Tensor:
+        """As a call, launched kernel by kernel; logits stay on the program's device."""
+        device = self.executable.device
+        inputs = [getattr(batch, name).to(device, non_blocking=True) for name in STEP_INPUTS]
         # Weights follow the caches among the program's arguments; they are bound already.
         rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors))
         logits: Tensor = self.executable([*inputs, *cache.tensors, *rest])[0]
         return logits
+
+
+__all__ = ["StepBatch", "StepProgram"]

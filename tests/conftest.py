@@ -14,10 +14,15 @@ os.environ["TOKENIZERS_PARALLELISM"] = "false"
 import pytest
 import torch
 
+from llmopt.codegen.cpu import toolchain
 from llmopt.codegen.cpu.toolchain import find_compiler
 from llmopt.compiler.errors import ToolchainError
 
 TESTS = Path(__file__).parent
+
+# Set by tests/kernels/test_sanitizers.py for the tests that it runs in a process of their own.
+if flags := os.environ.get("LLMOPT_TEST_COMPILER_FLAGS"):
+    toolchain._COMMON_FLAGS = (*toolchain._COMMON_FLAGS, *flags.split())
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -30,6 +35,11 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         for item in items:
             if item.path.is_relative_to(TESTS / "kernels"):
                 item.add_marker(pytest.mark.skip(reason=str(error)))
+    if not torch.cuda.is_available():
+        why = "no NVIDIA GPU" if torch.backends.cuda.is_built() else "this PyTorch is built without CUDA"
+        for item in items:
+            if item.get_closest_marker("gpu"):
+                item.add_marker(pytest.mark.skip(reason=f"needs a GPU: {why}"))
 
 
 @pytest.fixture(autouse=True)

@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 from pathlib import Path
 
+import compile_cpu
+import compile_models
 import pytest
 import torch
+from coverage import FlopCount, measure
+from coverage_table import summary, table
 from harness import Contestant, Result, conditions, run_rounds, save
 from models.zoo import build, greedy, prompts
 from peers import StepDecoder, eager_decoder, inductor_decoder
@@ -93,3 +98,82 @@ def test_a_probe_reads_plausible_numbers(probe: Probe) -> None:
     assert reading.threads == 1
     assert 0.5 < reading.read_gb_s < 2000  # 8 MB may lie in a cache
     assert 0.5 < reading.fma_gflop_s < 2000
+
+
+TINY: dict[str, dict[str, int]] = {
+    "llama": {
+        "vocab_size": 99,
+        "hidden_size": 32,
+        "intermediate_size": 48,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+    },
+    "bert": {"vocab_size": 99, "hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2},
+    "vit": {"hidden_size": 32, "intermediate_size": 48, "num_attention_heads": 2, "image_size": 32},
+}
+
+
+@pytest.mark.parametrize("kind", TINY)
+def test_a_model_can_be_called_again(kind: str) -> None:
+    model = compile_models.build(kind, "bfloat16", 2, **TINY[kind])
+    assert model.config.num_hidden_layers == 2
+    assert {p.dtype for p in model.parameters()} == {torch.bfloat16}
+    arguments = compile_models.inputs(model, 3 if kind != "llama" else 1)
+    with torch.no_grad():
+        first = model(**compile_models.reset(arguments))[0]
+        second = model(**compile_models.reset(arguments))[0]
+    assert torch.equal(first, second)
+    assert first.shape[0] == (3 if kind != "llama" else 1)
+
+
+def test_a_peer_that_is_not_installed_is_listed_with_its_error(probe: Probe) -> None:
+    if importlib.util.find_spec("openvino"):
+        pytest.skip("OpenVINO is installed")
+    model = compile_models.build("bert", "float32", 1, **TINY["bert"])
+    result = run_rounds(compile_cpu.contestants(model, [1], ["eager", "openvino"]), 1, {}, probe)
+    assert "openvino" in result.failures["openvino"]
+    assert result.median("eager", "batch 1") is not None
+
+
+def test_samples_are_counted_whatever_the_batch(probe: Probe) -> None:
+    model = compile_models.build("bert", "float32", 1, **TINY["bert"])
+    (eager,) = compile_cpu.contestants(model, [1, 3, 8], ["eager"])
+    assert {name: run() for name, run in eager.phases.items()} == {"batch 1": 8, "batch 3": 6, "batch 8": 8}
+
+
+def test_first_calls_stand_on_the_best_process(tmp_path: Path) -> None:
+    samples = [{"first_call_s": 9.0, "dynamo_s": 2.0}, {"error": "killed"}, {"first_call_s": 7.0, "dynamo_s": 1.0}]
+    assert compile_cpu.best(samples) == samples[2]
+    assert compile_cpu.best(samples[1:2]) is None
+    first_call = {"first_call": {"llmopt": {"cold": samples}, "inductor": {"cold": samples[1:2]}}}
+    throughput = {"median": {"inductor": {"batch 1": 2.0}, "llmopt": {"batch 1": 3.0}, "eager": {"batch 1": None}}}
+    assert compile_cpu.plot({"a": first_call, "b-float32": throughput}, tmp_path / "plot.png")
+    assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+def test_the_sweep_counts_what_reaches_aten() -> None:
+    x, w, q = torch.randn(3, 8), torch.randn(5, 8), torch.randn(2, 4, 7, 16)
+    with FlopCount() as count, torch.no_grad():
+        torch.nn.functional.linear(x, w)
+    assert count.total == 2 * 3 * 5 * 8
+    with FlopCount() as count, torch.no_grad():
+        torch.nn.functional.scaled_dot_product_attention(q, q, q)
+    assert count.total == 2 * 2 * (2 * 4) * 7 * 7 * 16
+    with FlopCount() as count, torch.no_grad():
+        torch.ops.llmopt.linear(x, [w], [None])  # a reference, not a kernel: its products are ATen's
+    assert count.total == 2 * 3 * 5 * 8 and sum(count.own.values()) == 1
+
+
+@pytest.mark.parametrize("name", ["gpt2", "ViTForImageClassification"])
+@torch.no_grad()
+def test_the_sweep_of_one_type(name: str) -> None:
+    seen: list[str] = []
+    record = measure(name, False, ((2, 19),), lambda record: seen.append(record["step"]))
+    assert record["status"] == "right" and record["flop_share"] == 1.0 and record["difference"] < 1e-4
+    assert record["tokens_equal"] is (True if name == "gpt2" else None)
+    assert seen[0] == "eager" and any("greedy" in step for step in seen)
+    text = table([record], [(2, 19)], 2e-3, {"torch": "x"})
+    assert f"| {name} |" in text
+    causal, others = (dict(summary([record]))[key].lstrip("*")[0] for key in ("right", "encoders and others, right"))
+    assert (causal, others) == (("1", "0") if name == "gpt2" else ("0", "1"))

@@ -150,7 +150,7 @@ def _explain_program(path: str, with_sources: bool, as_json: bool) -> None:
         typer.echo(line)
     if with_sources:
         for spec in program.kernels:
-            typer.echo(f"\n// {kernel_name(spec)}\n{kernel_source(spec)}")
+            typer.echo(f"\n// {kernel_name(spec)}\n{kernel_source(spec, program.batch_invariant, program.target)}")
 
 
 def _program_json(loaded: LoadedProgram, with_sources: bool) -> dict[str, Any]:
@@ -167,7 +167,7 @@ def _program_json(loaded: LoadedProgram, with_sources: bool) -> dict[str, Any]:
         "program": program_json.to_json(program),
     }
     if with_sources:
-        data["sources"] = [kernel_source(spec) for spec in program.kernels]
+        data["sources"] = [kernel_source(spec, program.batch_invariant, program.target) for spec in program.kernels]
     return data
 
 

@@ -20,7 +20,7 @@ def kernel_uses(program: Program) -> list[KernelUse]:
             ", ".join(spec.arguments).replace("llmopt::", ""),
             origin.get(number, ""),
             count[number],
-            kernel_source(spec),
+            kernel_source(spec, program.batch_invariant, program.target),
         )
         for number, spec in enumerate(program.kernels)
     ]

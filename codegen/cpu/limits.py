@@ -51,16 +51,16 @@ LLMOPT_KERNEL(multiply_add) {
 // The same in bfloat16: each lane adds two products. Zero where the processor has no such instruction.
 LLMOPT_KERNEL(multiply_add_bfloat16) {
 #if defined(__AVX512BF16__)
-  __m512 acc[kChains];
-  for (int j = 0; j < kChains; ++j) acc[j] = _mm512_set1_ps(static_cast<float>(j));
-  const __m512bh a = (__m512bh)_mm512_set1_epi16(0x3f00 + static_cast<short>(worker.index));
+  vf acc[kChains];
+  const vu a = vu{} + (0x3f003f00u + 0x10001u * static_cast<std::uint32_t>(worker.index));
+  for (int j = 0; j < kChains; ++j) acc[j] = splat(static_cast<float>(j));
   const std::int64_t iterations = args.ints[0];
   for (std::int64_t i = 0; i < iterations; ++i) {
 #pragma GCC unroll 16
-    for (int j = 0; j < kChains; ++j) acc[j] = _mm512_dpbf16_ps(acc[j], a, a);
+    for (int j = 0; j < kChains; ++j) acc[j] = x86::dot_bf16(acc[j], a, a);
   }
-  for (int j = 1; j < kChains; ++j) acc[0] = _mm512_add_ps(acc[0], acc[j]);
-  _mm512_storeu_ps(args.tensor<float>(0) + worker.index * 16, acc[0]);
+  for (int j = 1; j < kChains; ++j) acc[0] += acc[j];
+  store(args.tensor<float>(0) + worker.index * kLanes, acc[0]);
 #endif
 }
 """

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import os
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -17,6 +18,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmopt.codegen.cpu.available import available_cpus
 from llmopt.compiler.errors import LlmoptError, ToolchainError
 
 SCRATCH_BYTES = 4 << 20  # kScratchBytes of kernels/abi.h
@@ -91,6 +93,30 @@ def _openmp() -> tuple[int, int]:
     raise ToolchainError("PyTorch was built without OpenMP; llmopt's CPU programs need its thread pool")
 
 
+_forked = False
+
+
+def _after_fork() -> None:
+    global _forked
+    _forked = True
+
+
+os.register_at_fork(after_in_child=_after_fork)
+
+
+def default_threads() -> int:
+    """Threads of a run that names no number: PyTorch's, but no more than the process is granted CPUs.
+
+    Workers wait for one another by spinning, so threads beyond the CPUs would cost time.
+    """
+    return min(torch.get_num_threads(), available_cpus())
+
+
+def _team_size(threads: int | None) -> int:
+    # A forked child has an OpenMP runtime that counts on its parent's threads, and none of them: it works alone.
+    return 1 if _forked else threads or default_threads()
+
+
 class NativePlan:
     """An encoded list of calls, bound to the entries of one library. Runs are serialised by a lock."""
 
@@ -144,13 +170,12 @@ class NativePlan:
     def run(
         self, bases: Sequence[int] | IntArray, symbols: Sequence[int] | IntArray, threads: int | None = None
     ) -> None:
-        """Runs all calls on `threads` threads (PyTorch's number if None); raises KernelError when one refused.
+        """Runs all calls on `threads` threads (`default_threads()` if 0 or None); raises KernelError when one refused.
 
         `bases` are addresses, `symbols` sizes; int64 arrays are used as they are.
         """
-        threads = threads or torch.get_num_threads()
         with self._lock:
-            self._run(self._plan, bases, symbols, threads)
+            self._run(self._plan, bases, symbols, _team_size(threads))
 
     def run_by_call(
         self,
@@ -169,7 +194,7 @@ class NativePlan:
                 if part.seconds:
                     part.seconds += number * self.seconds.strides[0]
                 with span(label):
-                    self._run(part, bases, symbols, threads or torch.get_num_threads(), number)
+                    self._run(part, bases, symbols, _team_size(threads), number)
 
     def _run(
         self,

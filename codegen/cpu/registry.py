@@ -14,7 +14,7 @@ from llmopt.codegen.program import KernelSpec
 from llmopt.compiler.errors import InputError
 
 # What computed an op before a kernel was registered for it, None for loops or ATen.
-_EARLIER: dict[Any, Callable[[Node], Plan] | None] = {}
+_EARLIER: dict[Any, Callable[[Node], Plan | None] | None] = {}
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
 
 

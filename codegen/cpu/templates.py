@@ -34,6 +34,7 @@ _ACTIVATION = {
 HEADERS: dict[str, str] = {
     "linear": "linear.h",
     "batched_linear": "batched_linear.h",
+    "grouped_linear": "grouped_linear.h",
     "moe": "moe.h",
     "attention": "attention.h",
     "attention_contiguous": "attention.h",
@@ -51,11 +52,14 @@ HEADERS: dict[str, str] = {
 # Template name -> C++ text, for kernels that users have registered (`registry.py`).
 REGISTERED_SOURCES: dict[str, str] = {}
 _NUMBERS = {**FLOATS, torch.int64: "std::int64_t", torch.int32: "std::int32_t", torch.bool: "bool"}
+# Formats of a quantized KV cache: kernels/kv_formats.h.
+KV_FORMATS = {"int8": "llmopt::i8", "fp8": "llmopt::f8e4m3", "int4": "llmopt::i4"}
 ARGUMENT_TOKENS = frozenset(
-    {*FLOATS.values(), *_ACTIVATION.values(), "bool", "true", "false", "std::int64_t", "std::int32_t"}
+    {*FLOATS.values(), *_ACTIVATION.values(), *KV_FORMATS.values()}
+    | {"bool", "true", "false", "std::int64_t", "std::int32_t"}
 )
 
-MAX_HEAD_SIZE = 576  # kMaxHeadDim of kernels/attention.h
+MAX_HEAD_SIZE = 576  # kMaxHeadDim of kernels/kv_formats.h
 
 
 @dataclass(frozen=True)
@@ -67,13 +71,17 @@ class Workspace:
 
 @dataclass(frozen=True)
 class PlannedCall:
-    """A kernel call on graph nodes: operands in order, `writes` the nodes among them whose memory it changes."""
+    """A kernel call on graph nodes: operands in order, `writes` the nodes among them whose memory it changes.
+
+    `absorbs`: nodes that the call computes on the way, whose values nobody else needs; they get no memory.
+    """
 
     kernel: KernelSpec
     tensors: tuple[Node | Workspace | None, ...]
     ints: tuple[Any, ...]
     floats: tuple[float, ...] = ()
     writes: tuple[Node, ...] = field(default=())
+    absorbs: tuple[Node, ...] = ()
 
 
 Plan = list[PlannedCall] | str
@@ -97,16 +105,17 @@ def _rows(node: Node) -> tuple[Expr, Expr] | str:
     return rows if rows is not None else f"rows of {list(tensor(node).shape)} are not evenly spaced"
 
 
-def plan_linear(node: Node) -> Plan:
-    """llmopt::linear over weight segments."""
+def plan_linear(node: Node, result: Node | None = None, act: str | None = None) -> Plan:
+    """llmopt::linear over weight segments; with `act`, its activation is what `result` receives."""
     x, weights, biases = node.args
+    out = node if result is None else result
     dtypes = {tensor(t).dtype for t in (x, *weights, *biases) if t is not None}
     if len(dtypes) > 1:
         return "operands of different dtypes"
     dtype = FLOATS.get(dtypes.pop())
     if dtype is None:
         return f"no kernel for {tensor(node).dtype}"
-    source, target = _rows(x), _rows(node)
+    source, target = _rows(x), _rows(out)
     if isinstance(source, str):
         return source
     if isinstance(target, str):
@@ -117,7 +126,25 @@ def plan_linear(node: Node) -> Plan:
     segments = [t for pair in zip(weights, biases, strict=True) for t in pair]
     sizes = [to_expr(tensor(w).shape[0]) for w in weights]
     ints = (source[0], to_expr(tensor(x).shape[-1]), source[1], target[1], len(sizes), *sizes)
-    return [PlannedCall(KernelSpec("linear", (dtype,)), (x, node, *segments), ints, (), (node,))]
+    kernel = KernelSpec("linear", (dtype,) if act is None else (dtype, dtype, _ACTIVATION[act]))
+    absorbs = () if result is None else (node,)
+    return [PlannedCall(kernel, (x, out, *segments), ints, (), (out,), absorbs)]
+
+
+def _activation(node: Node) -> str | None:
+    """The activation of the vocabulary that an ATen op computes."""
+    if node.target is aten.gelu.default:
+        return {"none": "gelu_erf", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))
+    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(node.target)
+
+
+def plan_activation(node: Node) -> Plan | None:
+    """An activation as the epilogue of the product whose only user it is; None leaves it to a loop."""
+    product, act = node.args[0], _activation(node)
+    if act is None or product.target is not llmopt_ops.linear.default or len(product.users) != 1:
+        return None
+    plan = plan_linear(product, node, act)
+    return None if isinstance(plan, str) else plan
 
 
 def plan_batched_linear(node: Node) -> Plan:
@@ -164,6 +191,25 @@ def _batch_levels(parts: Sequence[Layout]) -> tuple[list[Expr], list[list[Expr]]
             batch.append(size)
             strides = [[*done, s] for done, s in zip(strides, here, strict=True)]
     return batch, strides
+
+
+def plan_grouped_linear(node: Node) -> Plan:
+    """llmopt::grouped_linear."""
+    x, weights, ends = node.args
+    dtype = _float(x)
+    index = {torch.int64: "std::int64_t", torch.int32: "std::int32_t"}.get(tensor(ends).dtype)
+    if dtype is None or index is None or tensor(weights).dtype != tensor(x).dtype:
+        return f"no kernel for {tensor(x).dtype} and {tensor(weights).dtype}, ends of {tensor(ends).dtype}"
+    if not layout(weights).is_contiguous or not layout(ends).is_contiguous:
+        return "weights or ends are not contiguous"
+    source, target = _rows(x), _rows(node)
+    if isinstance(source, str):
+        return source
+    if isinstance(target, str):
+        return target
+    groups, n, k = (to_expr(s) for s in tensor(weights).shape)
+    ints = (source[0], k, n, groups, source[1], target[1])
+    return [PlannedCall(KernelSpec("grouped_linear", (dtype, index)), (x, weights, ends, node), ints, (), (node,))]
 
 
 def _plan_norm(node: Node, x: Node, residual: Node | None, rest: tuple[Any, ...], parts: list[Node | None]) -> Plan:
@@ -255,30 +301,35 @@ def _per_head(values: Node | None) -> bool:
 
 def plan_paged_attention(node: Node) -> Plan:
     """llmopt::paged_attention: the cache is written, then read."""
-    q, k, v, k_cache, v_cache, slots, tables, starts, lengths, scale, softcap, window, slopes, sinks = node.args
+    q, k, v, k_cache, v_cache, slots, tables, starts, lengths, scale, softcap, window, slopes, sinks = node.args[:14]
+    kv_dtype = node.args[14] if len(node.args) > 14 else "auto"
     dtype = _float(q)
-    if dtype is None or any(tensor(t).dtype != tensor(q).dtype for t in (k, v, k_cache, v_cache)):
-        return "queries, keys, values and cache differ in dtype"
+    stored = tensor(q).dtype if kv_dtype == "auto" else torch.uint8
+    if dtype is None or any(tensor(t).dtype != tensor(q).dtype for t in (k, v)):
+        return "queries, keys and values differ in dtype"
+    if any(tensor(t).dtype != stored for t in (k_cache, v_cache)):
+        return f"the cache is not {stored}"
     if not _per_head(slopes) or not _per_head(sinks):
         return "slopes or sinks are not contiguous float32"
     places = [p for p in map(_tokens_heads, (q, k, v, node)) if not isinstance(p, str)]
     if len(places) < 4:
         return "tokens are not evenly spaced"
     (tokens, *q_strides), (_, *k_strides), (_, *v_strides), (_, *out_strides) = places
-    blocks, groups, block_size, size = (to_expr(s) for s in tensor(k_cache).shape)
-    value_size, heads = to_expr(tensor(v_cache).shape[3]), to_expr(tensor(q).shape[-2])
+    blocks, groups, block_size = (to_expr(s) for s in tensor(k_cache).shape[:3])
+    size, value_size, heads = (to_expr(s) for s in (tensor(k).shape[-1], tensor(v).shape[-1], tensor(q).shape[-2]))
     if size > MAX_HEAD_SIZE or value_size > MAX_HEAD_SIZE:
         return f"heads larger than {MAX_HEAD_SIZE}"
     sequences, width = (to_expr(s) for s in tensor(tables).shape)
+    arguments = (dtype,) if kv_dtype == "auto" else (dtype, KV_FORMATS[kv_dtype])
     write = PlannedCall(
-        KernelSpec("kv_write", (dtype,)),
+        KernelSpec("kv_write", arguments),
         (k, v, slots, k_cache, v_cache),
         (tokens, groups, size, value_size, block_size, blocks, *k_strides, *v_strides),
         (),
         (k_cache, v_cache),
     )
     read = PlannedCall(
-        KernelSpec("attention", (dtype,)),
+        KernelSpec("attention", arguments),
         (q, k_cache, v_cache, tables, starts, lengths, node, slopes, sinks),
         (
             *(sequences, heads, groups, size, value_size, block_size, width),
@@ -450,9 +501,10 @@ def plan_index_copy(node: Node) -> Plan:
     return [PlannedCall(KernelSpec("index_copy", (dtype,)), (x, index, source, node), ints, (), (node,))]
 
 
-PLANNERS: dict[Any, Callable[[Node], Plan]] = {
+PLANNERS: dict[Any, Callable[[Node], Plan | None]] = {
     llmopt_ops.linear.default: plan_linear,
     llmopt_ops.batched_linear.default: plan_batched_linear,
+    llmopt_ops.grouped_linear.default: plan_grouped_linear,
     llmopt_ops.rms_norm.default: plan_norm,
     llmopt_ops.layer_norm.default: plan_norm,
     llmopt_ops.add_rms_norm.default: plan_add_norm,
@@ -462,6 +514,9 @@ PLANNERS: dict[Any, Callable[[Node], Plan]] = {
     llmopt_ops.attention.default: plan_attention,
     llmopt_ops.gated_act.default: plan_gated_act,
     llmopt_ops.moe.default: plan_moe,
+    aten.gelu.default: plan_activation,
+    aten.silu.default: plan_activation,
+    aten.relu.default: plan_activation,
     aten.embedding.default: plan_embedding,
     aten.index_select.default: plan_embedding,
     aten.topk.default: plan_topk,
@@ -477,13 +532,18 @@ def plan_template(node: Node) -> Plan | None:
     return planner(node) if planner is not None else None
 
 
-def source_of(spec: KernelSpec, entry: str) -> str:
-    """The translation unit of a template instance."""
+# Templates that choose an algorithm by the number of rows; kernels/invariance.h.
+_CHOOSE_BY_ROWS = frozenset({"linear", "batched_linear", "moe", "attention", "attention_contiguous"})
+
+
+def source_of(spec: KernelSpec, entry: str, batch_invariant: bool = False) -> str:
+    """The translation unit of a template instance; `batch_invariant`: one algorithm for any number of rows."""
+    define = "#define LLMOPT_BATCH_INVARIANT 1\n" if batch_invariant and spec.template in _CHOOSE_BY_ROWS else ""
     arguments = f"<{', '.join(spec.arguments)}>" if spec.arguments else ""
     call = f"llmopt::{spec.template}{arguments}(args, worker);"
     registered = REGISTERED_SOURCES.get(spec.template)
     head = f'#include "{HEADERS[spec.template]}"' if registered is None else registered
-    return f"{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
+    return f"{define}{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
 
 
 __all__ = ["Layout", "PlannedCall", "Workspace", "plan_template", "source_of"]

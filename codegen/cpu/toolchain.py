@@ -1,19 +1,13 @@
-"""Compiles C++ kernels: finds the compiler, knows the instruction sets, caches every object by its content.
-
-The cache is a folder of this user's own (0700, ownership checked). A file in it is named after a hash of everything
-that made it, is written to a temporary name and renamed, and so is never seen half-written. A cache that cannot be used
-costs time, never correctness: llmopt warns and compiles into a temporary folder instead.
-"""
+"""Compiles C++ kernels: finds the compiler, knows the instruction sets, keeps every object for the next time."""
 
 from __future__ import annotations
 
 import functools
 import hashlib
-import logging
 import os
+import platform
 import re
 import shutil
-import stat
 import subprocess
 import tempfile
 from collections.abc import Mapping, Sequence
@@ -21,9 +15,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 
+from llmopt.codegen.cpu import object_cache
+from llmopt.codegen.cpu.available import available_cpus
 from llmopt.compiler.errors import ToolchainError
-
-log = logging.getLogger(__name__)
 
 KERNEL_FOLDER = Path(__file__).parent / "kernels"
 
@@ -83,6 +77,11 @@ def host_level() -> InstructionSet:
     return next(level for level in LEVELS if level.needs <= flags)
 
 
+def supported_levels() -> tuple[InstructionSet, ...]:
+    """The levels whose code this machine can run, best first."""
+    return LEVELS[LEVELS.index(host_level()) :]
+
+
 @dataclass(frozen=True)
 class Compiler:
     """A C++ compiler: its path and the first line of its version."""
@@ -131,71 +130,36 @@ def _headers_digest(source: str) -> str:
     return digest.hexdigest()
 
 
-def cache_folder() -> Path:
-    """The folder of compiled objects: `$LLMOPT_CACHE_DIR`, or llmopt/ in the user's cache directory.
-
-    Falls back, with a warning, to a fresh temporary folder when that one is not ours or not writable.
-    """
-    configured = os.environ.get("LLMOPT_CACHE_DIR")
-    if configured:
-        folder = Path(configured)
-    else:
-        folder = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "llmopt"
-    return _usable_folder(folder)
-
-
-@functools.cache
-def _usable_folder(folder: Path) -> Path:
-    try:
-        folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        status = folder.stat()
-        if status.st_uid != os.getuid():
-            raise PermissionError(f"{folder} belongs to another user")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            folder.chmod(0o700)
-        with tempfile.TemporaryFile(dir=folder):
-            pass
-        return folder
-    except OSError as error:
-        log.warning("kernel cache %s is unusable (%s); compiling into a temporary folder", folder, error)
-        return Path(tempfile.mkdtemp(prefix="llmopt-"))
-
-
 def _run(command: Sequence[str], what: str) -> None:
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         raise ToolchainError(f"{what}: the C++ compiler failed\n  {' '.join(command)}\n{answer.stderr[-4000:]}")
 
 
-def _publish(target: Path, command: Sequence[str], what: str) -> Path:
-    """Runs `command` with a temporary output file and renames the result to `target`."""
-    handle, temporary = tempfile.mkstemp(dir=target.parent, suffix=target.suffix)
-    os.close(handle)
-    try:
-        _run([*command, "-o", temporary], what)
-        Path(temporary).replace(target)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
-    return target
+def _key(*parts: str) -> str:
+    return hashlib.sha256("\0".join((platform.machine(), *parts)).encode()).hexdigest()[:32]
 
 
-def compile_object(source: str, level: InstructionSet, defines: Mapping[str, int] | None = None) -> Path:
+def compile_object(
+    source: str,
+    level: InstructionSet,
+    defines: Mapping[str, int] | None = None,
+) -> Path:
     """Compiles one translation unit to a cached object file.
 
-    `defines` are extra preprocessor symbols; they enter the key like everything else that shapes the object.
+    `defines` are extra preprocessor symbols; they enter the key like everything else that shapes the object: source,
+    headers, instruction set, compiler.
     """
     compiler = find_compiler()
     flags = [*_COMMON_FLAGS, *level.flags, *(f"-D{k}={v}" for k, v in sorted((defines or {}).items()))]
-    parts = (source, " ".join(flags), compiler.path, compiler.version, _headers_digest(source))
-    key = hashlib.sha256("\0".join(parts).encode()).hexdigest()[:32]
-    folder = cache_folder()
-    target = folder / f"{key}.o"
-    if target.exists() and target.stat().st_size > 0:
-        return target
+    key = _key(source, " ".join(flags), compiler.path, compiler.version, _headers_digest(source))
+    if (known := object_cache.find(f"{key}.o")) is not None:
+        return known
     with tempfile.TemporaryDirectory(prefix="llmopt-") as build:
-        path = Path(build) / "kernel.cpp"
+        path, made = Path(build) / "kernel.cpp", Path(build) / "kernel.o"
         path.write_text(source, "utf-8")
-        return _publish(target, [compiler.path, *flags, "-I", str(KERNEL_FOLDER), "-c", str(path)], "kernel")
+        _run([compiler.path, *flags, "-I", str(KERNEL_FOLDER), "-c", str(path), "-o", str(made)], "kernel")
+        return object_cache.keep(f"{key}.o", made)
 
 
 def build_library(
@@ -207,14 +171,22 @@ def build_library(
 
     The library is cached too, under the hash of its objects' names. Nothing is linked against an OpenMP runtime: the
     executor is handed the one that PyTorch loaded.
+
+    Raises ToolchainError when there is no compiler, when it fails, or when there is no room for what it makes.
     """
     level = level or host_level()
     executor = (KERNEL_FOLDER / "executor.cpp").read_text("utf-8")
-    workers = max(1, min(len(sources) + 1, len(os.sched_getaffinity(0))))
-    with ThreadPoolExecutor(workers) as pool:
-        objects = list(pool.map(lambda text: compile_object(text, level, defines), [executor, *sources]))
-    key = hashlib.sha256("\0".join(path.name for path in objects).encode()).hexdigest()[:32]
-    target = cache_folder() / f"{key}.so"
-    if target.exists() and target.stat().st_size > 0:
-        return target
-    return _publish(target, [find_compiler().path, "-shared", *map(str, objects)], "link")
+    workers = max(1, min(len(sources) + 1, available_cpus()))
+    try:
+        with ThreadPoolExecutor(workers) as pool:
+            compiling = [pool.submit(compile_object, text, level, defines) for text in (executor, *sources)]
+            objects = [job.result() for job in compiling]
+        key = _key(*(path.name for path in objects))
+        if (known := object_cache.find(f"{key}.so")) is not None:
+            return known
+        with tempfile.TemporaryDirectory(prefix="llmopt-") as build:
+            made = Path(build) / "kernels.so"
+            _run([find_compiler().path, "-shared", *map(str, objects), "-o", str(made)], "link")
+            return object_cache.keep(f"{key}.so", made)
+    except OSError as error:
+        raise ToolchainError(f"kernels cannot be compiled: {error}") from error

@@ -1,4 +1,4 @@
-"""Fused loops: groups of pointwise ops and reductions of a graph, as a typed IR that prints as C++.
+"""Fused loops: groups of pointwise ops and reductions of a graph, as a typed IR that prints as C++ or Triton.
 
 `plan_loops` divides a graph, `print_kernel` prints a kernel of the plan, `kernel_to_json` and `kernel_from_json` carry
 one through a file.

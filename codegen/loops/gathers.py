@@ -1,4 +1,4 @@
-"""Ops whose index is read from memory: gather, index_select, indexing by tensors, embedding.
+"""Ops whose index is read from memory: gather, index_select, indexing by tensors, embedding, scatters of a few values.
 
 The place is checked before anything is addressed by it. What is gathered from must lie in memory: `SOURCES` tells the
 planner which operand that is.
@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
+import sympy
 import torch
 from torch.fx import Node
 
-from llmopt.codegen.loops.emit import Args, Emit, operand
-from llmopt.codegen.loops.symbolic import Expr, Indices, Unlowerable
+from llmopt.codegen.loops.emit import Args, Emit, operand, result_register
+from llmopt.codegen.loops.symbolic import Expr, Indices, Unlowerable, same
 from llmopt.codegen.loops.views import bound_arguments, shape, tensor_of, transform_of
 
 aten = torch.ops.aten
@@ -24,6 +25,8 @@ SOURCES: dict[Any, str] = {
     aten.index.Tensor: "self",
     aten.embedding.default: "weight",
 }
+
+MAX_SCATTERED = 16  # values along the dimension of a scatter: each element is compared with as many places
 
 
 def gathered_source(node: Node) -> Node | None:
@@ -81,3 +84,26 @@ def index_tensor(emit: Emit, node: Node, a: Args, index: Indices) -> int:
             for item, size in zip(given, shape(source), strict=True)
         ),
     )
+
+
+def scatter(emit: Emit, node: Node, a: Args, index: Indices) -> int:
+    """out = self, then out[index[k, j], j] = src[k, j] for every k in order, for `dim` 0.
+
+    Nothing is addressed by the places: each element asks whether one of them is its own. One outside is nobody's.
+    """
+    if not index:
+        raise Unlowerable("scatter into a number has no loop form")
+    d, places = a["dim"] % len(index), a["index"]
+    count = shape(places)[d]
+    if not count.is_Integer or count > MAX_SCATTERED:
+        raise Unlowerable(f"a scatter of {count} values has no loop form, of up to {MAX_SCATTERED} it has")
+    if any(not same(m, n) for i, (m, n) in enumerate(zip(shape(places), shape(node), strict=True)) if i != d):
+        raise Unlowerable("a scatter into a part of the other dimensions has no loop form")
+    dtype = result_register(node)
+    result, here = operand(emit, a["self"], index, dtype), emit.index_value(index[d])
+    for k in range(int(count)):
+        at = (*index[:d], sympy.Integer(k), *index[d + 1 :])
+        value = emit.value(a["src"], at) if "src" in a else operand(emit, a["value"], index, dtype)
+        hit = emit.call("eq", operand(emit, places, at, "int64"), here)
+        result = emit.call("where", hit, emit.cast(value, dtype), result)
+    return result

@@ -351,6 +351,7 @@ _add(gathers.gather, "gather")
 _add(gathers.index_select, "index_select")
 _add(gathers.index_tensor, "index.Tensor")
 _add(gathers.embedding, "embedding")
+_add(gathers.scatter, "scatter.value", "scatter.src")
 _add(assembly.scatter, "slice_scatter", "select_scatter")
 
 # No operand at all: always computed where they are used.

@@ -22,6 +22,8 @@ PARTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "of mixed types": lambda x: x.round().count_nonzero(1),
     "reduction": lambda x: x.logsumexp(1),
     "a sum along another dimension": lambda x: x.cumsum(0),
+    "a sum along another dimension, viewed": lambda x: x.cumsum(0).transpose(0, 1) * 1,
+    "a sum along another dimension, returned as a view": lambda x: x.cumsum(1).transpose(0, 1),
     "a sum along the first of two": lambda x: (x[0] * 9).to(torch.int64).cumsum(0),
 }
 

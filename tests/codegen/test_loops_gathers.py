@@ -9,6 +9,7 @@ import pytest
 import torch
 from kernels.loop_programs import check
 
+from llmopt.backend import REPORT
 from llmopt.codegen.cpu.native import KernelError
 from llmopt.codegen.loops.gathers import SOURCES
 from llmopt.codegen.loops.operations import OPERATIONS
@@ -70,6 +71,38 @@ def test_kernels_of_gathers_are_written_and_read() -> None:
     program = check(lambda x, i: x[i.clamp(min=0)] * 2, torch.randn(5, 3), torch.tensor([0, 4]))
     for group in program.plan.groups:
         assert kernel_from_json(kernel_to_json(group.kernel)) == group.kernel
+
+
+SCATTERS: dict[str, Callable[..., Any]] = {
+    "value": lambda x, i: x.scatter(-1, i, 2.5),
+    "zeros": lambda x, i: torch.zeros_like(x).scatter_(-1, i, 1.0).bool().logical_not() * x,
+    "source": lambda x, i: x.scatter(-1, i, (x + 100)[..., :4]),
+    "middle": lambda x, i: x.scatter(1, (i % 7)[:, :3, :1].expand(-1, -1, 12), 3.0),
+    "larger source": lambda x, i: x.scatter(-1, i[..., :2], x * 2),
+    "of integers": lambda x, i: x.long().scatter(-1, i, 7),
+}
+
+
+@pytest.mark.parametrize("name", SCATTERS)
+def test_scatter(name: str) -> None:
+    places = lambda rows: torch.rand(rows, 7, 12).topk(4).indices  # noqa: E731
+    again = [[torch.randn(3, 7, 12), places(3)]]
+    check(SCATTERS[name], torch.randn(5, 7, 12), places(5), again=again, static=(-1, -2))
+
+
+@pytest.mark.parametrize(
+    ("function", "reason"),
+    [
+        (lambda x, i: x.scatter(0, i.repeat(3, 1), 1.0), "of up to"),
+        (lambda x, i: x.scatter(0, i[:, :2], 1.0), "a part of the other dimensions"),
+    ],
+)
+@torch.no_grad()
+def test_scatters_that_stay_with_aten(function: Callable[..., Any], reason: str) -> None:
+    torch._dynamo.reset()
+    x, index = torch.randn(20, 3), torch.randint(0, 20, (9, 3))
+    assert torch.equal(torch.compile(function, backend="llmopt")(x, index), function(x, index))
+    assert [fallback for graph in REPORT.graphs for fallback in graph.fallbacks if reason in fallback.reason]
 
 
 def test_every_gather_has_a_handler() -> None:

@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from kernels.loop_programs import check
+from kernels.loop_programs import VARIANTS, check
+
+from llmopt.codegen.cpu.toolchain import host_level
 
 Step = Callable[[list[torch.Tensor]], torch.Tensor]
 
@@ -53,9 +56,7 @@ FLAT: list[Callable[[torch.Tensor], torch.Tensor]] = [
 ]
 
 
-@settings(max_examples=25, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
-@given(st.data())
-def test_random_programs(data: st.DataObject) -> None:
+def _check(data: st.DataObject, variant: str) -> None:
     steps: list[Step] = []
     for count in range(data.draw(st.integers(1, 9))):
         pick = st.integers(0, count)
@@ -74,4 +75,24 @@ def test_random_programs(data: st.DataObject) -> None:
         return [f(values[n]) for f, n in [*ends, (FLAT[0], len(values) - 1)]]
 
     torch.manual_seed(0)
-    check(function, torch.randn(3, 5, 12), again=[[torch.randn(2, 9, 12)]], static=[-1], tolerance=2e-2)
+    check(
+        function, torch.randn(3, 5, 12), again=[[torch.randn(2, 9, 12)]], static=[-1], tolerance=2e-2, variant=variant
+    )
+
+
+def _settings(examples: int) -> settings:
+    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+
+
+@_settings(25)
+@given(st.data())
+def test_random_programs(data: st.DataObject) -> None:
+    _check(data, "host")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", [name for name in VARIANTS if name not in ("host", host_level().name)])
+@_settings(25)
+@given(data=st.data())
+def test_random_programs_on_every_instruction_set(variant: str, data: st.DataObject) -> None:
+    _check(data, variant)

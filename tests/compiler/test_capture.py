@@ -69,6 +69,24 @@ def test_composite_ops_stay_whole() -> None:
     assert targets >= set(whole)
 
 
+def test_dropouts_that_do_nothing_may_be_written_to() -> None:
+    """XLM does; exporting refuses a write to a dropout's result."""
+
+    def model(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
+        y = nn.functional.dropout(x * 2, p=0.1, training=False)
+        y *= mask
+        z = torch.dropout(x.cos(), 0.0, True)
+        z.add_(1)
+        return y, z
+
+    x, mask = torch.randn(3, 4), torch.rand(3, 4)
+    caught = catch(model, x, mask)
+    for result, expected in zip(caught.run(), model(x, mask), strict=True):
+        torch.testing.assert_close(result, expected)
+    kept = catch(lambda x: nn.functional.dropout(x, 0.5), x).graph
+    assert list(nodes_of(kept, aten.dropout.default))
+
+
 def write_rows(cache: Tensor, index: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
     cache[:, index] = rows  # what a static cache does
     return cache[:, :2], rows * 2

@@ -103,7 +103,8 @@ def test_cost_counts_real_work(name: str) -> None:
         result = spec.reference(*copy.deepcopy(sample))
         written = sum(t.nbytes for t in _tensors(result))
         if name == "paged_attention":
-            written += sample[1].nbytes + sample[2].nbytes
+            rows = sample[1].shape[1] * sample[1].shape[2]
+            written += rows * sum(cache.shape[-1] * cache.element_size() for cache in sample[3:5])
         assert cost.bytes_written == written
         if name not in ("moe", "paged_attention"):  # they read a part of the experts, and of the cache
             operands = sample[:4] if name == "attention" else sample  # slopes and sinks are one number a head

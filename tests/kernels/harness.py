@@ -29,12 +29,14 @@ def run_kernel(
     *,
     threads: int = 2,
     variant: str = "host",
+    defines: Mapping[str, int] | None = None,
 ) -> None:
     """Calls `llmopt::{call}(args, worker)` from `header` on the given operands, in place.
 
     Example: `run_kernel("linear.h", "linear<float>", [x, out, weight, None], [rows, k, ...])`.
     """
-    plan_for(header, call, len(tensors), ints, floats, variant, [t is None for t in tensors]).run(
+    absent = [t is None for t in tensors]
+    plan_for(header, call, len(tensors), ints, floats, variant, absent, defines).run(
         [t.data_ptr() if t is not None else 0 for t in tensors], [], threads
     )
 

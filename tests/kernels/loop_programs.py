@@ -1,10 +1,14 @@
-"""Runs a traced function with its fused loops compiled and everything else in eager."""
+"""Runs a traced function with its fused loops compiled and everything else in eager.
+
+In a process with TRITON_INTERPRET=1 the loops are Triton kernels instead of C++, run in Triton's interpreter.
+"""
 
 from __future__ import annotations
 
 import functools
 import hashlib
 import json
+import os
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -17,8 +21,8 @@ from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
 from torch.utils._pytree import tree_map
 
-from llmopt.codegen.cpu.native import SYMBOL, NativeCall, NativePlan, TensorOperand
-from llmopt.codegen.cpu.toolchain import LEVELS, InstructionSet, build_library, host_level
+from llmopt.codegen.cpu.native import SYMBOL, KernelError, NativeCall, NativePlan, TensorOperand
+from llmopt.codegen.cpu.toolchain import InstructionSet, build_library, host_level, supported_levels
 from llmopt.codegen.loops import (
     LoopGroup,
     LoopKernel,
@@ -29,12 +33,15 @@ from llmopt.codegen.loops import (
     plan_loops,
     print_kernel,
 )
+from llmopt.codegen.triton.launch import run as run_launches
+from llmopt.codegen.triton.loops import loop_launches
 
 aten = torch.ops.aten
+INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"
 
 VARIANTS: dict[str, tuple[InstructionSet, dict[str, int]]] = {
     "host": (host_level(), {}),
-    "portable": (LEVELS[-1], {}),
+    **{level.name: (level, {}) for level in supported_levels()},
     "avx512_emulated": (host_level(), {"LLMOPT_VECTOR_BYTES": 64}),
 }
 
@@ -132,8 +139,21 @@ class Program:
             poison = True if fake.dtype == torch.bool else 99
             values[node] = torch.full((elements,), poison, dtype=fake.dtype).as_strided(shape, strides)
         buffers = [self._value(node, values) for node in (*group.inputs, *group.outputs)]
+        if INTERPRETED:
+            self._interpret(group.kernel, buffers, [sizes[s] for s in group.symbols])
+            return
         plan = native(tuple(dict.fromkeys(g.kernel for g in self.plan.groups)), self.variant)[group.kernel]
         plan.run([b.data_ptr() for b in buffers], [sizes[s] for s in group.symbols], self.threads)
+
+    @staticmethod
+    def _interpret(kernel: LoopKernel, buffers: Sequence[torch.Tensor], sizes: Sequence[int]) -> None:
+        status = torch.zeros(1, dtype=torch.int32)
+        flat = [
+            torch.empty(0, dtype=b.dtype).set_(b.untyped_storage(), b.storage_offset(), (1,), (1,)) for b in buffers
+        ]
+        run_launches(loop_launches(kernel, flat, sizes, status))
+        if status.item():
+            raise KernelError(1, 0, kernel.name)
 
 
 def _size(value: Any, sizes: dict[sympy.Symbol, int]) -> int:

@@ -11,6 +11,7 @@ import torch
 from kernels.harness import CPP_TYPE, VARIANTS, run_kernel
 
 from llmopt.codegen.cpu.native import KernelError
+from llmopt.codegen.cpu.templates import KV_FORMATS
 
 Tensor = torch.Tensor
 DTYPES = list(CPP_TYPE)
@@ -76,6 +77,7 @@ class Batch:
     tables: Tensor
     starts: Tensor
     lengths: Tensor
+    kv_dtype: str = "auto"
 
     def select(self, rows: Sequence[int]) -> Batch:
         """The batch of some of the sequences, over the same cache."""
@@ -128,11 +130,14 @@ def make_batch(
     )
 
 
-def run_paged(batch: Batch, rule: Rule, threads: int = 2, variant: str = "host") -> Tensor:
+def run_paged(
+    batch: Batch, rule: Rule, threads: int = 2, variant: str = "host", defines: dict[str, int] | None = None
+) -> Tensor:
     """The kernel's result, computed into and from strided rows."""
     tokens, heads, dim = batch.q.shape
     groups, block_size = batch.k_cache.shape[1:3]
-    v_dim = batch.v_cache.shape[-1]
+    v_dim = batch.v[0].shape[-1]
+    stored = "" if batch.kv_dtype == "auto" else f", {KV_FORMATS[batch.kv_dtype]}"
     q = torch.full((tokens, heads + 1, dim + 3), torch.nan, dtype=batch.q.dtype)[:, :heads, :dim]
     q.copy_(batch.q)
     wide = torch.zeros(tokens, heads + 1, v_dim + 1, dtype=batch.q.dtype)
@@ -140,12 +145,13 @@ def run_paged(batch: Batch, rule: Rule, threads: int = 2, variant: str = "host")
     ints = [len(batch.lengths), heads, groups, dim, v_dim, block_size, batch.tables.shape[1], *q.stride()[:2]]
     run_kernel(
         "attention.h",
-        f"attention<{CPP_TYPE[batch.q.dtype]}>",
+        f"attention<{CPP_TYPE[batch.q.dtype]}{stored}>",
         [q, batch.k_cache, batch.v_cache, batch.tables, batch.starts, batch.lengths, out, rule.alibi, rule.sinks],
         [*ints, *out.stride()[:2], rule.window, tokens],
         [rule.scale, rule.softcap],
         threads=threads,
         variant=variant,
+        defines=defines,
     )
     assert not wide[:, heads:].any(), "wrote into other heads"
     assert not wide[..., v_dim:].any(), "wrote past the row"

@@ -227,6 +227,19 @@ def test_the_signature_of_a_step() -> None:
     assert {(s.layer, s.kv_heads, s.key_size, s.window) for s in specs} == {(0, 2, 8, 0), (1, 2, 8, 0)}
 
 
+@pytest.mark.parametrize(("kv_dtype", "row"), [("int8", 8 + 2), ("fp8", 8 + 2), ("int4", 16 + 4)])
+def test_quantized_pages(kv_dtype: str, row: int) -> None:
+    graph = traced(TinyCausal(layers=2)).graph
+    reports = run_pipeline(graph, step_pipeline(BLOCK, kv_dtype), Options(verify=True))
+    caches = [node for node in placeholders(graph) if "cache" in node.meta]
+    assert {tensor(node).dtype for node in caches} == {torch.uint8}
+    assert {tuple(map(int, tensor(node).shape[1:])) for node in caches} == {(2, BLOCK, row)}
+    assert {node.args[14] for node in nodes_of(graph, llmopt_ops.paged_attention.default)} == {kv_dtype}
+    assert caches[0].meta["cache"].bytes_per_token() == 2 * 2 * row
+    (report,) = (report for report in reports if report.name == "insert_kv_cache")
+    assert report.notes == [f"2 attention layers, keys and values in {kv_dtype}"]
+
+
 def test_insertion_cannot_be_disabled() -> None:
     graph = traced(TinyCausal()).graph
     reports = run_pipeline(graph, step_pipeline(BLOCK), Options(disabled_passes=("insert_kv_cache",)))

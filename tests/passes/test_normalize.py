@@ -290,3 +290,11 @@ def test_random_numbers_are_drawn_as_often_as_asked() -> None:
 
 def test_two_results_are_not_merged() -> None:
     must_not_fire(EliminateCommon(), "the caller sees both", lambda x: (torch.cos(x), torch.cos(x)), X)
+
+
+def test_an_extreme_whose_place_nobody_asks_for() -> None:
+    x = torch.randn(3, 4)
+    values = rewrite(Normalize(), lambda x: x.max(1).values.sum() + x.min(0, keepdim=True).values, x)
+    assert values.count("aten.amax") == 1 and values.count("aten.amin") == 1
+    places = rewrite(Normalize(), lambda x: torch.mul(*x.max(1)), x)
+    assert not places.count("aten.amax")

@@ -48,6 +48,21 @@ def wide_weight(x: Tensor, w: Tensor) -> Tensor:
     return (w.float() * y).to(x.dtype)
 
 
+def t5(x: Tensor, w: Tensor) -> Tensor:
+    y = x * torch.rsqrt(x.float().pow(2).mean(-1, keepdim=True) + EPS)
+    return w * y.to(x.dtype)
+
+
+def power(x: Tensor, w: Tensor) -> Tensor:
+    y = x.float()
+    return (y * torch.pow(y.pow(2).mean(-1, keepdim=True) + EPS, -0.5) * w.float()).type_as(x)
+
+
+def quotient(x: Tensor, w: Tensor) -> Tensor:
+    y = x.float()
+    return w * (y / (y.pow(2).mean(-1, keepdim=True) + EPS).sqrt()).to(x.dtype)
+
+
 # name -> (function, weight offset, cast first in bfloat16, whether there is a weight)
 RMS: dict[str, tuple[Callable[..., Tensor], float, bool, bool]] = {
     "llama": (llama, 0.0, True, True),
@@ -55,6 +70,9 @@ RMS: dict[str, tuple[Callable[..., Tensor], float, bool, bool]] = {
     "product": (squared_by_product, 0.0, True, True),
     "no weight": (without_weight, 0.0, False, False),
     "wide weight": (wide_weight, 0.0, False, True),
+    "t5": (t5, 0.0, True, True),
+    "power": (power, 0.0, False, True),
+    "quotient": (quotient, 0.0, True, True),
 }
 
 
@@ -121,6 +139,19 @@ def test_atens_own_norms(dtype: torch.dtype) -> None:
     torch.testing.assert_close(
         node.target(x / 1000, w, *node.args[2:]), F.rms_norm(x / 1000, (16,), w), rtol=2e-2, atol=0
     )
+
+
+def cohere(x: Tensor, w: Tensor) -> Tensor:
+    y = x.float()
+    mean = y.mean(-1, keepdim=True)
+    y = (y - mean) * torch.rsqrt((y - mean).pow(2).mean(-1, keepdim=True) + EPS)
+    return (w.float() * y).to(x.dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_layer_norm_written_out(dtype: torch.dtype) -> None:
+    result = rewrite(RaiseNorms(), cohere, (X + 3).to(dtype), W.to(dtype))
+    assert result.targets() == ["llmopt.layer_norm"]
 
 
 def _changed(change: str) -> Callable[[Tensor, Tensor], Tensor]:

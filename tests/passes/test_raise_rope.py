@@ -84,9 +84,64 @@ return [transpose_1]""",
     )
 
 
-def interleaved(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    turned = torch.stack((-q[..., 1::2], q[..., ::2]), -1).flatten(-2)
-    return q * cos[:, None] + turned * sin[:, None]
+def every_other(x: Tensor) -> Tensor:
+    return torch.stack((-x[..., 1::2], x[..., ::2]), -1).flatten(-2)
+
+
+def halves(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = q.chunk(2, -1)
+    cos, sin = cos[:, None, :, :8], sin[:, None, :, :8]
+    return torch.cat((a * cos - b * sin, b * cos + a * sin), -1)
+
+
+def pairs(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    a, b = q.reshape(*q.shape[:-1], -1, 2).unbind(-1)
+    cos, sin = cos[:, None, :, ::2], sin[:, None, :, ::2]
+    return torch.stack((a * cos - b * sin, a * sin + b * cos), -1).flatten(-2)
+
+
+def heads_behind(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    q, cos, sin = q.transpose(1, 2).contiguous(), cos[:, :, None], sin[:, :, None]
+    return q * cos + rotate_half(q) * sin
+
+
+def split(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    turned, passed = q.split([12, 4], -1)
+    cos, sin = (t[:, None, :, :6].repeat_interleave(2, -1) for t in (cos, sin))
+    return torch.cat([turned * cos + every_other(turned) * sin, passed], -1)
+
+
+SPELLINGS: dict[str, tuple[Callable[..., Tensor], bool, int]] = {
+    "interleaved": (lambda q, cos, sin: q * cos[:, None] + every_other(q) * sin[:, None], True, 16),
+    "halves": (halves, False, 16),
+    "pairs": (pairs, True, 16),
+    "heads behind": (heads_behind, False, 16),
+    "interleaved, partial, by a split": (split, True, 12),
+    "without a batch": (lambda q, cos, sin: q * cos[0] + rotate_half(q) * sin[0], False, 16),
+    "without an axis of heads": (lambda q, cos, sin: q * cos + rotate_half(q) * sin, False, 16),
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", SPELLINGS)
+def test_spellings(name: str, dtype: torch.dtype) -> None:
+    function, is_interleaved, rotary = SPELLINGS[name]
+    result = rewrite(RaiseRope(), function, Q.to(dtype), COS.to(dtype), SIN.to(dtype))
+    (node,) = nodes_of(result.after, llmopt_ops.rope.default)
+    assert node.args[3] is is_interleaved
+    assert tensor(node).shape == (1, 7, 4, 16) and tensor(node.args[1]).shape == (1, 7, rotary)
+    assert not result.count("aten.neg") and not result.count("aten.stack") and not result.count("aten.sub.Tensor")
+
+
+def test_one_token_of_symbolic_batch() -> None:
+    """Where the length is 1, the axis of heads is told by the other sizes."""
+    q, cos, sin = torch.randn(3, 4, 1, 16), torch.randn(3, 1, 16), torch.randn(3, 1, 16)
+    result = rewrite(RaiseRope(), rope, q, cos, sin, marked=[(0, 0), (1, 0), (2, 0)])
+    (node,) = nodes_of(result.after, llmopt_ops.rope.default)
+    assert tuple(tensor(node).shape)[1:] == (1, 4, 16)
+
+
+OTHER = "the rotated half belongs to another tensor"
 
 
 def other_sign(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
@@ -100,7 +155,17 @@ def uneven(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
-        (interleaved, None),
+        (lambda q, cos, sin: q * cos[:, None] + every_other(rotate_half(q)) * sin[:, None], OTHER),
+        (
+            lambda q, cos, sin: torch.cat(
+                (
+                    q[..., :8] * cos[:, None, :, :8] - q[..., 8:] * sin[:, None, :, :8],
+                    q[..., 8:] * cos[:, None, :, :8] - q[..., :8] * sin[:, None, :, :8],
+                ),
+                -1,
+            ),
+            None,
+        ),
         (other_sign, None),
         (uneven, None),
         (lambda q, cos, sin: q * cos[:, None] - rotate_half(q) * sin[:, None], None),
@@ -110,24 +175,27 @@ def uneven(q: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
         ),
         (
             lambda q, cos, sin: q.cos() * cos[:, None] + rotate_half(q) * sin[:, None],
-            "the rotated half belongs to another tensor",
+            OTHER,
         ),
-        (lambda q, cos, sin: q * cos + rotate_half(q) * sin, "cos or sin is not [B, 1, S, R]"),
+        (
+            lambda q, cos, sin: q[0] * cos + rotate_half(q[0]) * sin,
+            "x is not of four dimensions, or cos or sin is none that broadcasts over heads",
+        ),
         (
             lambda q, cos, sin: q * cos[:, None, :, :1] + rotate_half(q) * sin[:, None, :, :1],
-            "cos or sin is not [B, 1, S, R]",
+            "cos and sin have another size than x",
         ),
         (
             lambda q, cos, sin: q * cos[..., :1].clone()[:, None] + rotate_half(q) * sin[..., :1].clone()[:, None],
-            "cos or sin has another size or dtype than x",
+            "cos and sin have another size than x",
         ),
         (
             lambda q, cos, sin: q * cos[:, :1].clone()[:, None] + rotate_half(q) * sin[:, :1].clone()[:, None],
-            "cos or sin has another size or dtype than x",
+            "cos and sin are not shared by the heads",
         ),
         (
             lambda q, cos, sin: q * cos.double()[:, None] + rotate_half(q) * sin.double()[:, None],
-            "cos or sin has another size or dtype than x",
+            "cos and sin differ in shape, or from x in dtype",
         ),
     ],
 )

@@ -191,7 +191,7 @@ def _set(*path: Any) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_set("version", 2), r"format version 2, this llmopt reads 1: export it again"),
+        (_set("version", 1), r"format version 1, this llmopt reads 2: export it again"),
         (_set("version", True), "format version"),
         (_set("format", "other"), "holds no llmopt program"),
         (lambda data: "[]", "holds no llmopt program"),
@@ -213,6 +213,7 @@ def _set(*path: Any) -> Damage:
         (_set("caches", None), "malformed cache"),
         (_set("caches", 0, 4, "complex64"), "unknown dtype"),
         (_set("caches", 0, 1, -1), "malformed cache"),
+        (_set("caches", 0, 6, "int2"), "malformed cache"),
         (_set("program", []), "no JSON object"),
         (_set("program", "values", 0, 0, "secret"), "unknown kind"),
         (_set("program", "values", 0, 2, "float1"), "unknown dtype"),

@@ -8,9 +8,6 @@
 #include <atomic>
 #include <cstddef>
 #include <cstdint>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
 
 namespace llmopt {
 

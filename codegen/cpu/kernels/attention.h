@@ -1,9 +1,10 @@
 // Scaled dot-product attention with grouped heads, over a paged cache for a ragged batch, or over contiguous keys.
 //
-// attention<T>: PagedAttention (Kwon et al., arXiv:2309.06180), causal
+// attention<T, S = T>: PagedAttention (Kwon et al., arXiv:2309.06180), causal
 //   tensors: q [T, Hq, D] T (strided), k_cache [num_blocks, Hkv, block_size, D] T, v_cache [num_blocks, Hkv,
 //            block_size, Dv] T, block_tables [B, N] int32, cu_seqlens_q [B + 1] int32, seq_lens [B] int32, out [T,
-//            Hq, Dv] T (strided), alibi_slopes [Hq] float or null, sinks [Hq] float or null
+//            Hq, Dv] T (strided), alibi_slopes [Hq] float or null, sinks [Hq] float or null. With S a format of
+//            kv_formats.h, the caches are pages of block_size * row_bytes<S> bytes a head
 //   ints:    B, Hq, Hkv, D, Dv, block_size, N, q token stride, q head stride, out token stride, out head stride,
 //            window (0 = none), T
 //   floats:  scale, softcap (0 = none)
@@ -32,11 +33,11 @@
 
 namespace llmopt {
 
-template <class T>
+template <class T, class S = T>
 void attention(const Args& a, const Worker& w) {
   const T* q = a.tensor<const T>(0);
-  const T* k_cache = a.tensor<const T>(1);
-  const T* v_cache = a.tensor<const T>(2);
+  const S* k_cache = a.tensor<const S>(1);
+  const S* v_cache = a.tensor<const S>(2);
   const std::int32_t* tables = a.tensor<const std::int32_t>(3);
   const std::int32_t* starts = a.tensor<const std::int32_t>(4);
   const std::int32_t* lengths = a.tensor<const std::int32_t>(5);
@@ -48,7 +49,7 @@ void attention(const Args& a, const Worker& w) {
   if (dim > kMaxHeadDim || v_dim > kMaxHeadDim) return w.fail(kUnsupportedSize);
   const std::int64_t heads = q_heads / kv_heads;
   const auto make = [&](std::int64_t b, std::int64_t h) {
-    AttentionGroup<T, PagedRows<T>, NoMask> g{};
+    AttentionGroup<T, typename std::conditional<kQuantized<S>, QuantizedRows<S>, PagedRows<S>>::type, NoMask> g{};
     const std::int64_t first = starts[b], end = starts[b + 1];
     g.keys = lengths[b];
     if (first < 0 || end > tokens || g.keys > table_size * block_size) {
@@ -72,9 +73,17 @@ void attention(const Args& a, const Worker& w) {
     g.softcap = static_cast<float>(a.floats[1]);
     g.slopes = slopes ? slopes + h * heads : nullptr;
     g.sinks = sinks ? sinks + h * heads : nullptr;
-    const std::int64_t k_head = block_size * dim, v_head = block_size * v_dim;
-    g.rows = {k_cache + h * k_head, v_cache + h * v_head, tables + b * table_size, block_size, kv_heads * k_head,
-              kv_heads * v_head,    dim,                  v_dim};
+    const std::int32_t* table = tables + b * table_size;
+    if constexpr (kQuantized<S>) {
+      const std::int64_t k_page = block_size * row_bytes<S>(dim), v_page = block_size * row_bytes<S>(v_dim);
+      const auto page = [h](const S* cache, std::int64_t bytes) { return reinterpret_cast<const char*>(cache) + h * bytes; };
+      g.rows = {page(k_cache, k_page), page(v_cache, v_page), table,             block_size, kv_heads * k_page,
+                kv_heads * v_page,     code_bytes<S>(dim),    code_bytes<S>(v_dim)};
+    } else {
+      const std::int64_t k_head = block_size * dim, v_head = block_size * v_dim;
+      g.rows = {k_cache + h * k_head, v_cache + h * v_head, table, block_size, kv_heads * k_head,
+                kv_heads * v_head,    dim,                  v_dim};
+    }
     return g;
   };
   attend_batch(a.ints[0], kv_heads, make, w);

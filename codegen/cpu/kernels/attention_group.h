@@ -4,12 +4,10 @@
 
 #include <algorithm>
 
-#include "matrix.h"
-#include "rows.h"
+#include "kv_formats.h"
 
 namespace llmopt {
 
-constexpr int kMaxHeadDim = 576;  // DeepSeek's latent attention has 512 + 64
 constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 
 // e^x for x <= 0, one step of scaling instead of two: below the normal numbers it is exactly zero.
@@ -37,6 +35,7 @@ LLMOPT_INLINE float reference_point(float maximum) { return maximum == kMinusInf
 // Keys and values in the pages of one sequence, for one kv head.
 template <class T>
 struct PagedRows {
+  using Stored = T;
   const T* k;  // of this head in block 0
   const T* v;
   const std::int32_t* table;
@@ -57,9 +56,37 @@ struct PagedRows {
   }
 };
 
+// The same of a quantized cache (kv_formats.h); distances in bytes.
+template <class S>
+struct QuantizedRows {
+  using Stored = S;
+  const char* k;
+  const char* v;
+  const std::int32_t* table;
+  std::int64_t block_size, k_block, v_block, k_row, v_row;
+
+  // Addresses of the codes of keys [first, first + count), and their parameters.
+  template <int N>
+  void get(std::int64_t first, int count, const S** k_rows, const S** v_rows, RowParameters<N>& parameters, int at) const {
+    std::int64_t page = first / block_size, offset = first % block_size;
+    for (int i = 0; i < count; ++page, offset = 0) {
+      const char* k_page = k + table[page] * k_block;
+      const char* v_page = v + table[page] * v_block;
+      const int end = static_cast<int>(std::min<std::int64_t>(count, i + block_size - offset));
+      for (; i < end; ++i, ++offset) {
+        k_rows[i] = reinterpret_cast<const S*>(k_page + offset * k_row);
+        v_rows[i] = reinterpret_cast<const S*>(v_page + offset * v_row);
+        load_parameters<S>(k_page, block_size * k_row, offset, parameters.k_scale[at + i], parameters.k_least[at + i]);
+        load_parameters<S>(v_page, block_size * v_row, offset, parameters.v_scale[at + i], parameters.v_least[at + i]);
+      }
+    }
+  }
+};
+
 // Keys and values at a constant distance.
 template <class T>
 struct StridedRows {
+  using Stored = T;
   const T* k;
   const T* v;
   std::int64_t k_stride, v_stride;
@@ -99,6 +126,7 @@ struct NoMask {
 template <class T, class Rows, class MaskT>
 struct AttentionGroup {
   using Element = T;
+  using Stored = typename Rows::Stored;
   static constexpr bool kMaskable = MaskT::kPossible;
 
   const T* q;  // the first query of the first head
@@ -147,11 +175,52 @@ struct AttentionGroup {
       factor = exp_nonpositive(maximum - reference_point(top));
       sum = sum * factor + exp_nonpositive(sink - reference_point(top));
     }
-    const float inverse = sum == 0.0f ? 0.0f : factor / sum;  // a row that sees nothing gives zeros
+    float inverse = sum == 0.0f ? 0.0f : factor / sum;  // a row that sees nothing gives zeros
     T* to = out + row / heads * out_token + head * out_head;
+    alignas(64) float turned[kRotated<Stored> ? kMaxHeadDim : 1];
+    if constexpr (kRotated<Stored>) {  // values are stored rotated
+      std::copy(values, values + v_dim, turned);
+      hadamard(turned, v_dim);
+      inverse /= static_cast<float>(rotation_block(v_dim));
+      values = turned;
+    }
     for_vectors(0, v_dim, [&](std::int64_t i, auto access) { access.store(to + i, load(values + i) * inverse); });
   }
 };
+
+// Rotates a query as the keys are that it will meet, `query` its `dim` elements as floats.
+template <class S>
+inline void rotate_query(float* query, int dim) {
+  if constexpr (kRotated<S>) {
+    hadamard(query, dim);
+    const float inverse = 1.0f / static_cast<float>(rotation_block(dim));
+    for (int d = 0; d < dim; ++d) query[d] *= inverse;
+  }
+}
+
+// The addresses (and parameters) of the rows of keys [block, block + count). Keys before `begin` may lie in pages that
+// were given back: the first visible row stands for them, and the last one for those from `count` to `padded`.
+template <int N, class Group>
+void find_block(const Group& g, std::int64_t block, std::int64_t begin, int count, int padded,
+                const typename Group::Stored** k_rows, const typename Group::Stored** v_rows,
+                RowParameters<N>& parameters) {
+  const int unseen = begin > block ? static_cast<int>(begin - block) : 0;
+  const auto fill = [&](auto* rows) {
+    std::fill(rows, rows + unseen, rows[unseen]);
+    std::fill(rows + count, rows + padded, rows[count - 1]);
+  };
+  if constexpr (kQuantized<typename Group::Stored>) {
+    g.rows.get(block + unseen, count - unseen, k_rows + unseen, v_rows + unseen, parameters, unseen);
+    fill(parameters.k_scale);
+    fill(parameters.k_least);
+    fill(parameters.v_scale);
+    fill(parameters.v_least);
+  } else {
+    g.rows.get(block + unseen, count - unseen, k_rows + unseen, v_rows + unseen);
+  }
+  fill(k_rows);
+  fill(v_rows);
+}
 
 // A mask's part of a score: excluded whatever the score was, or added.
 LLMOPT_INLINE vf add_bias(vf score, vf bias) { return bias == kMinusInfinity ? splat(kMinusInfinity) : score + bias; }

@@ -53,7 +53,9 @@ struct RowScratch {
   RowState total, chunk;
   alignas(64) float q[kDirectRows * kMaxHeadDim];
   alignas(64) float scores[kRowBlock * kDirectKeys];
+  float query_sum[kDirectRows];  // of each row's query, for keys with a least value
   const void* rows[4][kDirectKeys];  // keys and values of two blocks, taking turns
+  RowParameters<kDirectKeys + kLanes> parameters[2];
 };
 
 // Rows that will be read next. Pages are short and scattered, so the processor's own prefetcher starts anew with each.
@@ -88,19 +90,19 @@ constexpr int kStep = kPairDot<T> ? 2 * kLanes : kLanes;
 
 // One step of a key, of a query, and their product.
 template <class T>
-LLMOPT_INLINE auto load_step(const T* p) {
+LLMOPT_INLINE auto load_step(const T* row, int d) {
   if constexpr (kPairDot<T>) {
-    return load_bits(p);
+    return load_bits(row + d);
   } else {
-    return load(p);
+    return load_codes(row, d, FullVector{});
   }
 }
 template <class T>
-LLMOPT_INLINE auto load_step_partial(const T* p, int count) {
+LLMOPT_INLINE auto load_step_partial(const T* row, int d, int count) {
   if constexpr (kPairDot<T>) {
-    return load_bits_partial(p, count);
+    return load_bits_partial(row + d, count);
   } else {
-    return load_partial(p, count);
+    return load_codes(row, d, PartVector{count});
   }
 }
 template <class T>
@@ -124,9 +126,9 @@ __attribute__((noinline)) void score_rows(const T* const* k_rows, int count, con
   for (int key = 0; key < count; key += Keys) {
     vf acc[kLanes] = {};
     const auto add = [&](int d, auto load_key) {
-      decltype(load_key(k_rows[0])) x[Keys];
+      decltype(load_key(k_rows[0], d)) x[Keys];
 #pragma GCC unroll 16
-      for (int k = 0; k < Keys; ++k) x[k] = load_key(k_rows[key + k] + d);
+      for (int k = 0; k < Keys; ++k) x[k] = load_key(k_rows[key + k], d);
 #pragma GCC unroll 16
       for (int r = 0; r < RB; ++r) {
         const auto y = load_query<T>(q + r * stride + d);
@@ -135,24 +137,38 @@ __attribute__((noinline)) void score_rows(const T* const* k_rows, int count, con
       }
     };
     int d = 0;
-    for (; d + kStep<T> <= dim; d += kStep<T>) add(d, [](const T* p) { return load_step(p); });
-    if (d < dim) add(d, [&](const T* p) { return load_step_partial(p, dim - d); });
+    for (; d + kStep<T> <= dim; d += kStep<T>) add(d, [](const T* row, int at) { return load_step(row, at); });
+    if (d < dim) add(d, [&](const T* row, int at) { return load_step_partial(row, at, dim - at); });
     store(scores + key * RB, sum_rows(acc));
   }
 }
 
-// values[r][d...] = values * decay[r] + weights * v for RB rows and V vectors of columns.
+// Lane key * RB + row of the result is values[key].
+template <int RB>
+struct SpreadKeys {
+  static constexpr int lane(int i) { return i / RB; }
+};
+template <int RB>
+LLMOPT_INLINE vf spread_keys(const float* values) {
+  const vf v = load(values);
+  return RB == 1 ? v : shuffle<SpreadKeys<RB>>(v, v);
+}
+
+// values[r][d...] = values * decay[r] + shift[r] + weights * v for RB rows and V vectors of columns.
 template <int RB, int V, class Access, class T>
 __attribute__((noinline)) void add_values(const T* const* v_rows, int count, const float* weights, std::int64_t d,
-                                          Access access, const float* decay, float* values, std::int64_t stride) {
+                                          Access access, const float* decay, const float* shift, float* values,
+                                          std::int64_t stride) {
   vf acc[RB][V];
   for (int r = 0; r < RB; ++r)
-    for (int v = 0; v < V; ++v) acc[r][v] = load(values + r * stride + d + v * kLanes) * decay[r];
+    for (int v = 0; v < V; ++v) {
+      acc[r][v] = load(values + r * stride + d + v * kLanes) * decay[r];
+      if constexpr (kRotated<T>) acc[r][v] += splat(shift[r]);
+    }
   for (int key = 0; key < count; ++key, weights += RB) {
-    const T* from = v_rows[key] + d;
     vf x[V];
 #pragma GCC unroll 16
-    for (int v = 0; v < V; ++v) x[v] = access.load(from + v * kLanes);
+    for (int v = 0; v < V; ++v) x[v] = load_codes(v_rows[key], d + v * kLanes, access);
 #pragma GCC unroll 16
     for (int r = 0; r < RB; ++r) {
       const vf weight = splat(weights[r]);
@@ -166,11 +182,11 @@ __attribute__((noinline)) void add_values(const T* const* v_rows, int count, con
 
 // RB rows from `row` on, of which the first `valid` exist, against `count` keys from `block` on. The arrays of rows are
 // valid up to the next multiple of kLanes.
-template <int RB, class Group>
+template <int RB, class Group, class Parameters>
 void attend_row_block(const Group& g, RowScratch& s, int row, int valid, std::int64_t block, int count,
-                      const typename Group::Element* const* k_rows, const typename Group::Element* const* v_rows,
-                      const Ahead& k_ahead, const Ahead& v_ahead) {
-  using T = typename Group::Element;
+                      const typename Group::Stored* const* k_rows, const typename Group::Stored* const* v_rows,
+                      const Parameters& parameters, const Ahead& k_ahead, const Ahead& v_ahead) {
+  using T = typename Group::Stored;
   constexpr int Keys = kLanes / RB;
   RowState& state = s.chunk;
   const int padded = static_cast<int>(round_up(count, Keys));
@@ -181,7 +197,7 @@ void attend_row_block(const Group& g, RowScratch& s, int row, int valid, std::in
   }
 
   vi key, first, last;  // the keys of the lanes, relative to the block, and the range that the lane's row sees
-  vf slope, distance;
+  vf slope, distance, query_sum;
   for (int lane = 0; lane < kLanes; ++lane) {
     const std::int64_t r = row + std::min(lane % RB, valid - 1), query = r / g.heads;
     const auto clamp = [&](std::int64_t k) { return static_cast<std::int32_t>(k < 0 ? 0 : k > count ? count : k); };
@@ -190,13 +206,17 @@ void attend_row_block(const Group& g, RowScratch& s, int row, int valid, std::in
     last[lane] = clamp(g.seen_end(query) - block);
     distance[lane] = static_cast<float>(block - (g.position + query));
     slope[lane] = g.slopes ? g.slopes[r % g.heads] : 0.0f;
+    query_sum[lane] = kRotated<T> ? s.query_sum[r] : 0.0f;
   }
   const bool plain = g.plain();
   const std::int64_t last_query = (row + valid - 1) / g.heads;
   const bool all_seen = g.seen_begin(last_query) <= block && g.seen_end(row / g.heads) - block >= padded;
   vf greatest = splat(kMinusInfinity);
   for (int i = 0; i < padded; i += Keys, key += Keys) {
-    vf score = load(s.scores + i * RB) * g.scale;
+    vf score = load(s.scores + i * RB);
+    if constexpr (kQuantized<T>) score *= spread_keys<RB>(parameters.k_scale + i);
+    if constexpr (kRotated<T>) score = fma(query_sum, spread_keys<RB>(parameters.k_least + i), score);
+    score *= g.scale;
     if (!plain) {
       score = g.shape_score(score, slope, __builtin_convertvector(key, vf) + distance);
       if (Group::kMaskable && g.mask.base) {
@@ -228,12 +248,17 @@ void attend_row_block(const Group& g, RowScratch& s, int row, int valid, std::in
     decay[r] = exp_nonpositive(before - point);
     if (r < valid) state.maximum[row + r] = top;
   }
-  vf total = zero();
+  vf total = zero(), least = zero();
   for (int i = 0; i < padded; i += Keys) {
-    const vf weight = exp_nonpositive(vf(load(s.scores + i * RB) - zero_point));
-    store(s.scores + i * RB, weight);
+    vf weight = exp_nonpositive(vf(load(s.scores + i * RB) - zero_point));
     total += weight;
+    if constexpr (kRotated<T>) least = fma(weight, spread_keys<RB>(parameters.v_least + i), least);
+    if constexpr (kQuantized<T>) weight *= spread_keys<RB>(parameters.v_scale + i);
+    store(s.scores + i * RB, weight);
   }
+  float shift[RB] = {};
+  if constexpr (kRotated<T>)
+    for (int lane = 0; lane < kLanes; ++lane) shift[lane % RB] += least[lane];
   for (int r = 0; r < valid; ++r) {
     float sum = 0.0f;
     for (int k = 0; k < Keys; ++k) sum += total[k * RB + r];
@@ -248,7 +273,7 @@ void attend_row_block(const Group& g, RowScratch& s, int row, int valid, std::in
   const auto add = [&](auto width, auto access) {
     constexpr int V = decltype(width)::value;
     v_ahead.touch(d * kDirectKeys / g.v_dim, V * kLanes * kDirectKeys / g.v_dim + 1);
-    add_values<RB, V>(v_rows, padded, s.scores, d, access, decay, values, stride);
+    add_values<RB, V>(v_rows, padded, s.scores, d, access, decay, shift, values, stride);
     d += V * kLanes;
   };
   while (d + Keys * kLanes <= g.v_dim) add(std::integral_constant<int, Keys>{}, FullVector{});
@@ -257,49 +282,44 @@ void attend_row_block(const Group& g, RowScratch& s, int row, int valid, std::in
 }
 
 // The addresses of the keys and values [block, block + kDirectKeys) as far as `end`; returns how many there are.
-template <class Group, class T>
-int find_rows(const Group& g, std::int64_t block, std::int64_t begin, std::int64_t end, const T** k_rows,
-              const T** v_rows) {
+template <class Group, class Parameters>
+int find_rows(const Group& g, std::int64_t block, std::int64_t begin, std::int64_t end,
+              const typename Group::Stored** k_rows, const typename Group::Stored** v_rows, Parameters& parameters) {
   const int count = static_cast<int>(std::clamp<std::int64_t>(end - block, 0, kDirectKeys));
-  if (count == 0) return 0;
-  // Keys before `begin` may lie in pages that were given back: the first visible row stands for them, as the last one
-  // stands for those beyond the end; their weight is zero.
-  const int unseen = static_cast<int>(std::max<std::int64_t>(begin - block, 0));
-  g.rows.get(block + unseen, count - unseen, k_rows + unseen, v_rows + unseen);
-  std::fill(k_rows, k_rows + unseen, k_rows[unseen]);
-  std::fill(v_rows, v_rows + unseen, v_rows[unseen]);
-  std::fill(k_rows + count, k_rows + round_up(count, kLanes), k_rows[count - 1]);
-  std::fill(v_rows + count, v_rows + round_up(count, kLanes), v_rows[count - 1]);
+  if (count > 0)
+    find_block(g, block, begin, count, static_cast<int>(round_up(count, kLanes)), k_rows, v_rows, parameters);
   return count;
 }
 
 // One chunk of the keys of a group into s.chunk.
 template <class Group>
 void attend_chunk(const Group& g, RowScratch& s, std::int64_t chunk) {
-  using T = typename Group::Element;
+  using T = typename Group::Stored;
   const auto rows_of = [&](int i) { return reinterpret_cast<const T**>(s.rows[i]); };
   const int rows = static_cast<int>(g.num_rows());
   s.chunk.clear(static_cast<int>(round_up(rows, kRowBlock)), round_up(g.v_dim, kLanes));
   const std::int64_t begin = std::max(g.seen_begin(0), chunk * kChunkKeys), last = g.seen_end(g.queries - 1);
   const std::int64_t end = std::min(last, (chunk + 1) * kChunkKeys);
   std::int64_t block = begin / kDirectKeys * kDirectKeys;
-  int turn = 0, count = find_rows(g, block, begin, end, rows_of(0), rows_of(1));
+  int turn = 0, count = find_rows(g, block, begin, end, rows_of(0), rows_of(1), s.parameters[0]);
   for (; block < end; block += kDirectKeys) {
     const T** k_rows = rows_of(turn);
     const T** v_rows = rows_of(turn + 1);
+    const auto& parameters = s.parameters[turn / 2];
     turn ^= 2;
-    const int next = find_rows(g, block + kDirectKeys, begin, last, rows_of(turn), rows_of(turn + 1));
-    Ahead k_ahead{s.rows[turn], next, g.dim * std::int64_t{sizeof(T)}};
-    Ahead v_ahead{s.rows[turn + 1], next, g.v_dim * std::int64_t{sizeof(T)}};
+    const int next =
+        find_rows(g, block + kDirectKeys, begin, last, rows_of(turn), rows_of(turn + 1), s.parameters[turn / 2]);
+    Ahead k_ahead{s.rows[turn], next, code_bytes<T>(g.dim)};
+    Ahead v_ahead{s.rows[turn + 1], next, code_bytes<T>(g.v_dim)};
     for (int row = 0; row < rows; row += kRowBlock) {
       const int left = rows - row;
       if (left == 1) {
-        attend_row_block<1>(g, s, row, 1, block, count, k_rows, v_rows, k_ahead, v_ahead);
+        attend_row_block<1>(g, s, row, 1, block, count, k_rows, v_rows, parameters, k_ahead, v_ahead);
       } else if (left == 2) {
-        attend_row_block<2>(g, s, row, 2, block, count, k_rows, v_rows, k_ahead, v_ahead);
+        attend_row_block<2>(g, s, row, 2, block, count, k_rows, v_rows, parameters, k_ahead, v_ahead);
       } else {
-        attend_row_block<kRowBlock>(g, s, row, std::min(left, kRowBlock), block, count, k_rows, v_rows, k_ahead,
-                                    v_ahead);
+        attend_row_block<kRowBlock>(g, s, row, std::min(left, kRowBlock), block, count, k_rows, v_rows, parameters,
+                                    k_ahead, v_ahead);
       }
       k_ahead.count = v_ahead.count = 0;  // once is enough
     }
@@ -309,15 +329,24 @@ void attend_chunk(const Group& g, RowScratch& s, std::int64_t chunk) {
 
 // The rows of a group's queries, zero beyond them, in the order and type that score_rows multiplies.
 template <class Group>
-void load_queries(const Group& g, float* q) {
-  using T = typename Group::Element;
+void load_queries(const Group& g, RowScratch& s) {
+  using T = typename Group::Stored;
   const std::int64_t stride = round_up(g.dim, kStep<T>), rows = g.num_rows();
-  std::memset(q, 0, sizeof(float) * static_cast<std::size_t>(round_up(rows, kRowBlock) * stride));
+  std::memset(s.q, 0, sizeof(float) * static_cast<std::size_t>(round_up(rows, kRowBlock) * stride));
   for (std::int64_t r = 0; r < rows; ++r) {
-    const T* from = g.q_row(r);
-    for (int d = 0; d < g.dim; d += kStep<T>) {
-      const auto step = load_step_partial(from + d, std::min(g.dim - d, kStep<T>));
-      std::memcpy(q + r * stride + d, &step, sizeof step);
+    const auto* from = g.q_row(r);
+    float* to = s.q + r * stride;
+    if constexpr (kPairDot<T>) {
+      for (int d = 0; d < g.dim; d += kStep<T>) {
+        const vu pairs = load_bits_partial(from + d, std::min(g.dim - d, kStep<T>));
+        std::memcpy(to + d, &pairs, sizeof pairs);
+      }
+    } else {
+      for_vectors(0, g.dim, [&](std::int64_t d, auto access) { access.store(to + d, access.load(from + d)); });
+      rotate_query<T>(to, g.dim);
+      if constexpr (kRotated<T>) s.query_sum[r] = sum_vectors(stride, [&](std::int64_t d, auto access, vf& sum) {
+        sum += access.load(to + d);
+      });
     }
   }
 }

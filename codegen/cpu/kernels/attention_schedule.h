@@ -8,6 +8,7 @@
 
 #include "attention_rows.h"
 #include "attention_tiles.h"
+#include "invariance.h"
 
 namespace llmopt {
 
@@ -112,7 +113,7 @@ bool attend_chunks(const Group& g, const Worker& w, ChunkOwners<Group> owners, b
     if (first_owner < 0) first_owner = last_owner;
     if (last_owner != w.index) continue;
     if (!loaded) {
-      load_queries(g, s.q);
+      load_queries(g, s);
       s.total.clear(rows, stride);
       loaded = true;
     }
@@ -156,45 +157,67 @@ void merge_chunks(const Group& g, const Worker& w, ChunkOwners<Group> owners) {
   finish_rows(g, total);
 }
 
+// A group is attended whole, or, where results must not depend on how many queries there are, query by query: few rows
+// add in another order than many. (Groups with more heads than that are tiles for any number of queries, and the rows of
+// tiles are independent.)
+template <class Group>
+std::int64_t num_parts(const Group& g) {
+  return kBatchInvariant && g.heads <= kDirectRows ? g.queries : g.queries > 0;
+}
+template <class Group>
+Group part_of(Group g, std::int64_t part) {
+  if (!kBatchInvariant || g.heads > kDirectRows) return g;
+  g.q += part * g.q_token;
+  g.out += part * g.out_token;
+  g.position += part;
+  g.queries = 1;
+  if constexpr (Group::kMaskable)
+    if (g.mask.base) g.mask.base += part * g.mask.query;
+  return g;
+}
+
 // make(sequence, kv head) gives a group; groups without queries are skipped.
 template <class Make>
 void attend_batch(std::int64_t sequences, std::int64_t kv_heads, Make make, const Worker& w) {
   Shares shares{0, w.count};
   for (std::int64_t b = 0; b < sequences; ++b) {
     const auto g = make(b, 0);  // the heads of a sequence cost the same
-    if (g.queries > 0) shares.total += group_cost(g) * kv_heads;
+    for (std::int64_t part = 0; part < num_parts(g); ++part) shares.total += group_cost(part_of(g, part)) * kv_heads;
   }
-  std::int64_t done = 0, unmerged_done = 0, unmerged_sequence = -1, unmerged_head = 0;
+  std::int64_t done = 0, unmerged_done = 0, unmerged_sequence = -1, unmerged_head = 0, unmerged_part = 0;
   bool shared = false;
   for (std::int64_t b = 0; b < sequences; ++b) {
     for (std::int64_t h = 0; h < kv_heads; ++h) {
-      const auto g = make(b, h);
-      if (g.queries <= 0) break;
-      const std::int64_t group_done = done;
-      done += group_cost(g);
-      if (is_direct(g)) {
-        bool unmerged = false;
-        shared |= attend_chunks(g, w, {g, shares, group_done}, unmerged);
-        if (unmerged) {
-          unmerged_sequence = b;
-          unmerged_head = h;
-          unmerged_done = group_done;
+      const auto whole = make(b, h);
+      for (std::int64_t part = 0; part < num_parts(whole); ++part) {
+        const auto g = part_of(whole, part);
+        const std::int64_t group_done = done;
+        done += group_cost(g);
+        if (is_direct(g)) {
+          bool unmerged = false;
+          shared |= attend_chunks(g, w, {g, shares, group_done}, unmerged);
+          if (unmerged) {
+            unmerged_sequence = b;
+            unmerged_head = h;
+            unmerged_part = part;
+            unmerged_done = group_done;
+          }
+          continue;
         }
-        continue;
-      }
-      std::int64_t tile_done = group_done;
-      for (std::int64_t t = 0; t < g.num_rows(); t += kTileRows) {
-        const std::int64_t cost = tile_cost(g, t);
-        if (shares.owner(tile_done, cost) == w.index)
-          attend_tile(g, t, static_cast<int>(std::min<std::int64_t>(g.num_rows() - t, kTileRows)), w.scratch);
-        tile_done += cost;
+        std::int64_t tile_done = group_done;
+        for (std::int64_t t = 0; t < g.num_rows(); t += kTileRows) {
+          const std::int64_t cost = tile_cost(g, t);
+          if (shares.owner(tile_done, cost) == w.index)
+            attend_tile(g, t, static_cast<int>(std::min<std::int64_t>(g.num_rows() - t, kTileRows)), w.scratch);
+          tile_done += cost;
+        }
       }
     }
   }
   if (!shared) return;  // the same for every worker
   w.sync();
   if (unmerged_sequence >= 0) {
-    const auto g = make(unmerged_sequence, unmerged_head);
+    const auto g = part_of(make(unmerged_sequence, unmerged_head), unmerged_part);
     merge_chunks(g, w, {g, shares, unmerged_done});
   }
   w.sync();  // nobody may reuse a scratch that is still read

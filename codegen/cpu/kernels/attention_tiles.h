@@ -30,6 +30,7 @@ struct TileScratch {
   float maximum[kTileRows], sum[kTileRows], decay[kStripRows];
   const void* k_rows[kKeyBlock];
   const void* v_rows[kKeyBlock];
+  RowParameters<kKeyBlock> parameters;
 };
 static_assert(sizeof(TileScratch) <= kScratchBytes, "the tile's panels fit the scratch");
 
@@ -50,14 +51,24 @@ LLMOPT_INLINE void multiply_panel(const float* a, const float* panel, std::int64
   }
 }
 
+// Elements [d, d + kLanes) of a row, with its parameters if it has any.
+template <class T, class Access>
+LLMOPT_INLINE vf load_row(const T* const* rows, const float* scale, const float* least, int key, std::int64_t d,
+                          Access access) {
+  const vf codes = load_codes(rows[key], d, access);
+  if constexpr (kRotated<T>) return fma(codes, splat(scale[key]), splat(least[key]));
+  if constexpr (kQuantized<T>) return codes * scale[key];
+  return codes;
+}
+
 // panels[key / kPanelWidth][d][key % kPanelWidth] = rows[key][d]; keys that are missing in the last panel are zero.
 template <class T>
-void pack_keys(const T* const* rows, int count, int dim, float* panels) {
+void pack_keys(const T* const* rows, const float* scale, const float* least, int count, int dim, float* panels) {
   for (int key = 0; key < count; key += kLanes) {
     float* panel = panels + key / kPanelWidth * kPanelWidth * dim + key % kPanelWidth;
     for_vectors(0, dim, [&](std::int64_t d, auto access) {
       vf square[kLanes];
-      for (int i = 0; i < kLanes; ++i) square[i] = key + i < count ? access.load(rows[key + i] + d) : zero();
+      for (int i = 0; i < kLanes; ++i) square[i] = key + i < count ? load_row(rows, scale, least, key + i, d, access) : zero();
       transpose(square);
       for (int i = 0; i < access.count; ++i) store(panel + (d + i) * kPanelWidth, square[i]);
     });
@@ -70,12 +81,14 @@ void pack_keys(const T* const* rows, int count, int dim, float* panels) {
 // panels[d / kPanelWidth][key][d % kPanelWidth] = rows[key][d]; the columns that are missing in the last panel are
 // zero.
 template <class T>
-void pack_values(const T* const* rows, int count, int dim, float* panels) {
+void pack_values(const T* const* rows, const float* scale, const float* least, int count, int dim, float* panels) {
   for (int key = 0; key < count; ++key) {
     const auto at = [&](std::int64_t d) {
       return panels + (d / kPanelWidth * kKeyBlock + key) * kPanelWidth + d % kPanelWidth;
     };
-    for_vectors(0, dim, [&](std::int64_t d, auto access) { store(at(d), access.load(rows[key] + d)); });
+    for_vectors(0, dim, [&](std::int64_t d, auto access) { 
+      store(at(d), load_row(rows, scale, least, key, d, access));
+    });
     if (round_up(dim, kLanes) % kPanelWidth != 0) store(at(round_up(dim, kLanes)), zero());
   }
 }
@@ -166,15 +179,19 @@ void attend_strip(const Group& g, TileScratch& s, std::int64_t tile, int strip, 
 template <class Group>
 void attend_tile(const Group& g, std::int64_t tile, int count, char* scratch) {
   using T = typename Group::Element;
+  using S = typename Group::Stored;
   auto& s = *reinterpret_cast<TileScratch*>(scratch);
-  const auto** k_rows = reinterpret_cast<const T**>(s.k_rows);
-  const auto** v_rows = reinterpret_cast<const T**>(s.v_rows);
+  const auto** k_rows = reinterpret_cast<const S**>(s.k_rows);
+  const auto** v_rows = reinterpret_cast<const S**>(s.v_rows);
   const int padded = static_cast<int>(round_up(count, kStripRows));
   const std::int64_t stride = round_up(g.v_dim, kPanelWidth);
   for (int r = 0; r < padded; ++r) {
     float* to = s.q + r / kStripRows * kStripRows * g.dim + r % kStripRows;
     const T* from = r < count ? g.q_row(tile + r) : nullptr;
-    for (int d = 0; d < g.dim; ++d) to[d * kStripRows] = from ? to_float(from[d]) : 0.0f;
+    alignas(64) float query[kMaxHeadDim];
+    for (int d = 0; d < g.dim; ++d) query[d] = from ? to_float(from[d]) : 0.0f;
+    rotate_query<S>(query, g.dim);
+    for (int d = 0; d < g.dim; ++d) to[d * kStripRows] = query[d];
     s.maximum[r] = kMinusInfinity;
     s.sum[r] = 0.0f;
   }
@@ -183,13 +200,9 @@ void attend_tile(const Group& g, std::int64_t tile, int count, char* scratch) {
   const std::int64_t begin = g.seen_begin(tile / g.heads), end = g.seen_end((tile + count - 1) / g.heads);
   for (std::int64_t block = begin / kKeyBlock * kKeyBlock; block < end; block += kKeyBlock) {
     const int keys = static_cast<int>(end - block < kKeyBlock ? end - block : kKeyBlock);
-    // Keys before `begin` may lie in pages that were given back: the first visible row stands for them, with weight 0.
-    const int unseen = begin > block ? static_cast<int>(begin - block) : 0;
-    g.rows.get(block + unseen, keys - unseen, k_rows + unseen, v_rows + unseen);
-    std::fill(k_rows, k_rows + unseen, k_rows[unseen]);
-    std::fill(v_rows, v_rows + unseen, v_rows[unseen]);
-    pack_keys(k_rows, keys, g.dim, s.k_panels);
-    pack_values(v_rows, keys, g.v_dim, s.v_panels);
+    find_block(g, block, begin, keys, keys, k_rows, v_rows, s.parameters);
+    pack_keys(k_rows, s.parameters.k_scale, s.parameters.k_least, keys, g.dim, s.k_panels);
+    pack_values(v_rows, s.parameters.v_scale, s.parameters.v_least, keys, g.v_dim, s.v_panels);
     for (int strip = 0; strip < count; strip += kStripRows)
       attend_strip(g, s, tile, strip, count - strip < kStripRows ? count - strip : kStripRows, block, keys);
   }

@@ -13,7 +13,7 @@ namespace llmopt {
 void Barrier::pause(int spins) {
 #if defined(__x86_64__)
   if (spins < 20000) {
-    _mm_pause();
+    __builtin_ia32_pause();
     return;
   }
 #endif

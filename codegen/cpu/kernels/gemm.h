@@ -1,13 +1,14 @@
-// out = x @ W^T + b for many rows of x: a blocked product after Goto and van de Geijn (ACM TOMS 34(3), 2008) that packs
+// out = act(x @ W^T + b) for many rows of x: a blocked product after Goto and van de Geijn (ACM TOMS 34(3), 2008) that packs
 // both operands on the fly, because the weights are the user's own row-major tensors.
 //
 // Panels of kPanel columns of out (rows of W) are transposed into scratch, kDepth lanes of K at a time, and multiplied
 // with all staged rows of x before they are dropped. Partial sums of a block of panels stay in float in scratch until K
-// is used up; out is written once, with the bias. One lane along K is one float, or one pair of bf16 where the machine
+// is used up; out is written once, with bias and activation. One lane along K is one float, or one pair of bf16 where the machine
 // multiplies pairs. The order of the additions is fixed by K alone, so a row's result depends on neither the other rows nor the workers.
 // The workers form a grid over rows and panels; each packs what it needs, and nothing is shared.
 #pragma once
 
+#include "activations.h"
 #include "matrix.h"
 
 namespace llmopt {
@@ -156,8 +157,8 @@ void multiply_panel(const float* staged, const float* packed, std::int64_t rows,
   }
 }
 
-// out[i][0..columns) = sums[i] + bias.
-template <class T, class TOut>
+// out[i][0..columns) = act(sums[i] + bias).
+template <class T, class TOut, class Act>
 void write_panel(const float* sums, std::int64_t rows, const T* bias, std::int64_t columns, TOut* out,
                  std::int64_t out_stride) {
   vf shift[kPanelVectors] = {};
@@ -169,7 +170,7 @@ void write_panel(const float* sums, std::int64_t rows, const T* bias, std::int64
   }
   for (std::int64_t m = 0; m < rows; ++m, sums += kPanel, out += out_stride)
     for (int v = 0; v < kPanelVectors; ++v) {
-      const vf sum = load(sums + v * kLanes) + shift[v];
+      const vf sum = Act{}(vf(load(sums + v * kLanes) + shift[v]));
       if (width[v] == kLanes) {
         store(out + v * kLanes, sum);
       } else {
@@ -210,7 +211,7 @@ inline int grid_columns(std::int64_t rows, std::int64_t panels, int count) {
 }
 
 // x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart.
-template <class T, class TOut>
+template <class T, class TOut, class Act = Identity>
 void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& segments, TOut* out,
           std::int64_t out_stride, const Worker& w) {
   using Lane = typename GemmLane<T>::Type;
@@ -249,7 +250,7 @@ void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
           multiply_panel<Lane>(staged, packed, height, depth, panel_sums, from > 0);
           if (from + kBlock < k) continue;
           const T* bias = segments.bias<T>(panel.segment);
-          write_panel(panel_sums, height, bias ? bias + panel.row : nullptr, panel.columns,
+          write_panel<T, TOut, Act>(panel_sums, height, bias ? bias + panel.row : nullptr, panel.columns,
                       out + m * out_stride + panel.out_column, out_stride);
         }
       }

@@ -1,4 +1,4 @@
-// out = x @ W^T + b for few rows of x: every weight is read from memory once, in order, and meets all rows of x while it
+// out = act(x @ W^T + b) for few rows of x: every weight is read from memory once, in order, and meets all rows of x while it
 // is in a register or the first-level cache.
 //
 // The products run along K with one vector accumulator per output, so a result does not depend on how many rows of x or
@@ -6,7 +6,9 @@
 // workers. x is staged once per worker in scratch, in the form that the inner loop wants, padded with zeros.
 #pragma once
 
+#include "activations.h"
 #include "matrix.h"
+#include "rows.h"
 
 namespace llmopt {
 
@@ -185,7 +187,7 @@ inline std::size_t gemv_scratch(std::int64_t rows, std::int64_t k) {
 
 // x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart. Needs
 // gemv_scratch(rows, k) <= kScratchBytes.
-template <class T, class TOut>
+template <class T, class TOut, class Act = Identity>
 void gemv(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& segments, TOut* out,
           std::int64_t out_stride, const Worker& w) {
   using Step = GemvStep<T>;
@@ -220,6 +222,12 @@ void gemv(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
     for (; n < end; ++n)
       gemv_rows<T, TOut, 1>(weight + n * k, bias ? bias + n : nullptr, k, staged, x_stride, rows, out + first + n,
                             out_stride);
+  }
+  if constexpr (!std::is_same<Act, Identity>::value) {  // on what this worker wrote, vector by vector
+    for (std::int64_t m = 0; m < rows; ++m, out += out_stride)
+      for_vectors(mine.begin, mine.end, [&](std::int64_t i, auto access) {
+        access.store(out + i, Act{}(access.load(out + i)));
+      });
   }
 }
 

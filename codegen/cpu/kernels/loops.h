@@ -4,6 +4,7 @@
 // V is float or vf. A condition is bool beside float and a vector of masks (0 or -1) beside vf.
 #pragma once
 
+#include <cmath>
 #include <type_traits>
 
 #include "abi.h"

@@ -44,7 +44,7 @@ inline std::int64_t round_up(std::int64_t value, std::int64_t unit) { return (va
 // acc[i] + a[2i+1] * b[2i+1] + a[2i] * b[2i], the bf16 elements of a lane taken in the instruction's order.
 LLMOPT_INLINE vf dot_pairs(vf acc, vu a, vu b) {
 #if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
-  return (vf)_mm512_dpbf16_ps((__m512)acc, (__m512bh)a, (__m512bh)b);
+  return x86::dot_bf16(acc, a, b);
 #else
   acc = fma(bit_cast<vf>(a & 0xffff0000u), bit_cast<vf>(b & 0xffff0000u), acc);
   return fma(bit_cast<vf>(a << 16), bit_cast<vf>(b << 16), acc);

@@ -84,7 +84,7 @@ void rms_norm(const Args& a, const Worker& w) {
       const vf v = norm_input(x, residual, i, access);
       sum += v * v;
     });
-    const float inverse = 1.0f / std::sqrt(squares / static_cast<float>(cols) + eps);
+    const float inverse = 1.0f / sqrt(squares / static_cast<float>(cols) + eps);
     for_vectors(0, cols, [&](std::int64_t i, auto access) {
       vf y = norm_input(x, residual, i, access) * inverse;
       if (CastFirst) y = rounded<T>(y);
@@ -115,7 +115,7 @@ void layer_norm(const Args& a, const Worker& w) {
       const vf d = access.keep(norm_input(x, residual, i, access) - centre - rest, 0.0f);
       sum += d * d;
     });
-    const float inverse = 1.0f / std::sqrt(squares / n + eps);
+    const float inverse = 1.0f / sqrt(squares / n + eps);
     for_vectors(0, cols, [&](std::int64_t i, auto access) {
       vf y = (norm_input(x, residual, i, access) - centre - rest) * inverse;
       if (weight) y = y * (access.load(weight + i) + offset);

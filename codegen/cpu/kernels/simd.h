@@ -5,13 +5,11 @@
 // -DLLMOPT_BF16_DOT=1 runs the AVX-512 BF16 path anywhere (emulated, slowly).
 #pragma once
 
-#include <cmath>
 #include <cstdint>
 #include <cstring>
 #include <limits>
-#if defined(__x86_64__)
-#include <immintrin.h>
-#endif
+
+#include "x86.h"
 
 #ifndef LLMOPT_VECTOR_BYTES
 #if defined(__AVX512F__)
@@ -29,8 +27,6 @@
 #define LLMOPT_BF16_DOT 0
 #endif
 #endif
-
-#define LLMOPT_INLINE inline __attribute__((always_inline))
 
 namespace llmopt {
 
@@ -67,7 +63,7 @@ LLMOPT_INLINE float to_float(float x) { return x; }
 LLMOPT_INLINE float to_float(bf16 x) { return bits_to_float(std::uint32_t{x.bits} << 16); }
 LLMOPT_INLINE float to_float(f16 x) {
 #if defined(__F16C__)
-  return _cvtsh_ss(x.bits);
+  return x86::half_to_float(x.bits);
 #else
   const std::uint32_t sign = (x.bits & 0x8000u) << 16, rest = x.bits & 0x7fffu;
   if (rest >= 0x7c00u) return bits_to_float(sign | 0x7f800000u | (rest & 0x3ffu) << 13);
@@ -92,7 +88,7 @@ LLMOPT_INLINE bf16 from_float<bf16>(float x) {
 template <>
 LLMOPT_INLINE f16 from_float<f16>(float x) {
 #if defined(__F16C__)
-  return {static_cast<std::uint16_t>(_cvtss_sh(x, _MM_FROUND_TO_NEAREST_INT))};
+  return {x86::float_to_half(x)};
 #else
   const std::uint32_t bits = float_to_bits(x), sign = bits >> 16 & 0x8000u, rest = bits & 0x7fffffffu;
   if (rest > 0x7f800000u) return {static_cast<std::uint16_t>(sign | 0x7e00u)};
@@ -105,6 +101,8 @@ LLMOPT_INLINE f16 from_float<f16>(float x) {
   return {static_cast<std::uint16_t>(sign | rounded >> 13)};
 #endif
 }
+
+LLMOPT_INLINE float sqrt(float x) { return __builtin_sqrtf(x); }
 
 // ---- vectors ------------------------------------------------------------------------------------------------------
 
@@ -120,15 +118,13 @@ LLMOPT_INLINE vf load(const float* p) {
   std::memcpy(&v, p, sizeof v);
   return v;
 }
-// (GCC 12 makes five instructions of the conversion of a vector; hence the intrinsics.)
+// (GCC 12 makes five instructions of the conversion of a vector; hence the assembly.)
 LLMOPT_INLINE vf load(const bf16* p) {
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  const vu wide = (vu)_mm512_cvtepu16_epi32(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p))) << 16;
-#elif LLMOPT_VECTOR_BYTES == 32 && defined(__AVX2__)
-  const vu wide = (vu)_mm256_cvtepu16_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))) << 16;
-#else
   vh half;
   std::memcpy(&half, p, sizeof half);
+#if (LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (LLMOPT_VECTOR_BYTES == 32 && defined(__AVX2__))
+  const vu wide = x86::widen_u16<vu>(half) << 16;
+#else
   const vu wide = __builtin_convertvector(half, vu) << 16;
 #endif
   vf v;
@@ -136,10 +132,10 @@ LLMOPT_INLINE vf load(const bf16* p) {
   return v;
 }
 LLMOPT_INLINE vf load(const f16* p) {
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return (vf)_mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-#elif LLMOPT_VECTOR_BYTES == 32 && defined(__F16C__)
-  return (vf)_mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
+#if (LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (LLMOPT_VECTOR_BYTES == 32 && defined(__F16C__))
+  vh half;
+  std::memcpy(&half, p, sizeof half);
+  return x86::halves_to_floats<vf>(half);
 #else
   vf v;
   for (int i = 0; i < kLanes; ++i) v[i] = to_float(p[i]);
@@ -150,7 +146,7 @@ LLMOPT_INLINE vf load(const f16* p) {
 LLMOPT_INLINE void store(float* p, vf v) { std::memcpy(p, &v, sizeof v); }
 LLMOPT_INLINE void store(bf16* p, vf v) {
 #if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512BF16__)
-  const __m256bh half = _mm512_cvtneps_pbh((__m512)v);
+  const vh half = x86::floats_to_bf16<vh>(v);
   std::memcpy(p, &half, sizeof half);
 #else
   vu bits;
@@ -159,19 +155,17 @@ LLMOPT_INLINE void store(bf16* p, vf v) {
   const vu quiet = bits >> 16 | 0x40u;
   const vu word = (vu)(v == v ? (vi)rounded : (vi)quiet);
 #if LLMOPT_VECTOR_BYTES == 32 && defined(__AVX2__)
-  const __m256i packed = _mm256_packus_epi32((__m256i)word, (__m256i)word);  // within each half
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_castsi256_si128(_mm256_permute4x64_epi64(packed, 0x08)));
+  const vh half = x86::narrow_u32<vh>(word);
 #else
   const vh half = __builtin_convertvector(word, vh);
-  std::memcpy(p, &half, sizeof half);
 #endif
+  std::memcpy(p, &half, sizeof half);
 #endif
 }
 LLMOPT_INLINE void store(f16* p, vf v) {
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtps_ph((__m512)v, _MM_FROUND_TO_NEAREST_INT));
-#elif LLMOPT_VECTOR_BYTES == 32 && defined(__F16C__)
-  _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm256_cvtps_ph((__m256)v, _MM_FROUND_TO_NEAREST_INT));
+#if (LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)) || (LLMOPT_VECTOR_BYTES == 32 && defined(__F16C__))
+  const vh half = x86::floats_to_halves<vh>(v);
+  std::memcpy(p, &half, sizeof half);
 #else
   for (int i = 0; i < kLanes; ++i) p[i] = from_float<f16>(v[i]);
 #endif
@@ -194,16 +188,21 @@ LLMOPT_INLINE void store_partial(T* p, vf v, int n) {
 LLMOPT_INLINE vf max(vf a, vf b) { return a > b ? a : b; }
 LLMOPT_INLINE vf min(vf a, vf b) { return a < b ? a : b; }
 
+// Lane i and lane i + half, then half of that.
 LLMOPT_INLINE float reduce_add(vf v) {
-#if LLMOPT_VECTOR_BYTES == 64 && defined(__AVX512F__)
-  return _mm512_reduce_add_ps((__m512)v);
+#if LLMOPT_VECTOR_BYTES == 64
+  typedef float half_vector __attribute__((vector_size(32)));
+  half_vector halves[2];
+  std::memcpy(halves, &v, sizeof v);
+  const half_vector rest = halves[0] + halves[1];
 #else
-  float lanes[kLanes];
-  store(lanes, v);
-  for (int half = kLanes / 2; half > 0; half /= 2)
+  const vf rest = v;
+#endif
+  float lanes[sizeof rest / sizeof(float)];
+  std::memcpy(lanes, &rest, sizeof rest);
+  for (int half = sizeof rest / sizeof(float) / 2; half > 0; half /= 2)
     for (int i = 0; i < half; ++i) lanes[i] += lanes[i + half];
   return lanes[0];
-#endif
 }
 LLMOPT_INLINE float reduce_max(vf v) {
   float lanes[kLanes];

@@ -1,0 +1,117 @@
+"""The models of `compile_cpu.py`: real shapes, random weights, and a forward call of each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from transformers import (
+    BertConfig,
+    BertModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    PreTrainedModel,
+    StaticCache,
+    ViTConfig,
+    ViTModel,
+)
+
+PROMPT_TOKENS = 512
+
+
+@dataclass(frozen=True)
+class Model:
+    """make: a configuration's model; inputs: keyword arguments of a forward call at a batch size."""
+
+    make: Callable[[dict[str, Any]], PreTrainedModel]
+    inputs: Callable[[PreTrainedModel, int], dict[str, Any]]
+    measures: Literal["first call", "throughput"]
+
+
+def _llama(changes: dict[str, Any]) -> PreTrainedModel:
+    shape = {
+        "vocab_size": 128256,
+        "hidden_size": 2048,
+        "intermediate_size": 8192,
+        "num_hidden_layers": 16,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "max_position_embeddings": 8192,
+        "rms_norm_eps": 1e-5,
+        "tie_word_embeddings": True,
+        "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+        "bos_token_id": None,
+        "eos_token_id": None,
+        "pad_token_id": None,
+    }
+    return LlamaForCausalLM(LlamaConfig(**{**shape, **changes}))
+
+
+def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
+    return torch.randint(5, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
+
+
+def _llama_inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+    config = model.config
+    cache = StaticCache(config=config, max_cache_len=PROMPT_TOKENS)
+    cache.early_initialization(
+        batch_size=batch,
+        num_heads=config.num_key_value_heads,
+        head_dim=config.head_dim,
+        dtype=model.dtype,
+        device=model.device,
+    )
+    positions = torch.arange(PROMPT_TOKENS)[None]
+    return {
+        "input_ids": _tokens(model, batch, PROMPT_TOKENS),
+        "position_ids": positions,
+        "past_key_values": cache,
+        "use_cache": True,
+        "logits_to_keep": 1,
+    }
+
+
+def _vit_inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+    size = model.config.image_size
+    pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
+    return {"pixel_values": pixels.to(model.dtype)}
+
+
+MODELS: dict[str, Model] = {
+    "llama": Model(_llama, _llama_inputs, "first call"),
+    "bert": Model(
+        lambda changes: BertModel(BertConfig(**changes)),
+        lambda model, batch: {"input_ids": _tokens(model, batch, 128)},
+        "throughput",
+    ),
+    "vit": Model(lambda changes: ViTModel(ViTConfig(**changes)), _vit_inputs, "throughput"),
+}
+
+
+def build(kind: str, dtype: str, layers: int | None = None, **changes: Any) -> PreTrainedModel:
+    """The model in eval mode, made in `dtype` at once; `layers` and `changes` replace the configuration's own."""
+    torch.manual_seed(0)
+    previous = torch.get_default_dtype()
+    torch.set_default_dtype(getattr(torch, dtype))  # never a second copy in float32
+    try:
+        model = MODELS[kind].make({**changes, **({"num_hidden_layers": layers} if layers else {})})
+    finally:
+        torch.set_default_dtype(previous)
+    model.config.dtype = getattr(torch, dtype)
+    return model.eval()
+
+
+def inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+    """Arguments of a forward call."""
+    kind = next(name for name, entry in MODELS.items() if name in model.config.model_type)
+    return MODELS[kind].inputs(model, batch)
+
+
+def reset(arguments: dict[str, Any]) -> dict[str, Any]:
+    """The same arguments for another call: a static cache is empty again."""
+    if "past_key_values" in arguments:
+        arguments["past_key_values"].reset()
+    return arguments

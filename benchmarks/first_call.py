@@ -1,0 +1,90 @@
+"""The first call of one compiled model in this process, as one line of JSON: a child of `compile_cpu.py`.
+
+usage: python benchmarks/first_call.py MODEL DTYPE PEER CACHE_FOLDER [--threads 2] [--layers N]
+
+`first_call_s` runs from `torch.compile` to the first result. Of it, `import_s` is spent on loading the compiler's own
+modules, `dynamo_s` on Dynamo's tracing and guards, outside of the backend. `peak_bytes` is the process's greatest
+resident size during later calls, `first_peak_bytes` during the first, `start_bytes` its size before the model was made.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+
+LATER_CALLS = 3
+
+
+def _status(key: str) -> int:
+    """Bytes of an entry of /proc/self/status."""
+    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
+        if line.startswith(key + ":"):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(f"/proc/self/status has no {key}")
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
+    for name in ("model", "dtype", "peer"):
+        parser.add_argument(name)
+    parser.add_argument("caches", type=Path)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int)
+    options = parser.parse_args()
+    # Before anything is imported that reads them.
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.caches / "inductor")
+    os.environ["LLMOPT_CACHE_DIR"] = str(options.caches / "llmopt")
+
+    import torch
+    from compile_models import build, inputs, reset
+    from peers import compiled_forward, import_backend
+
+    torch.set_num_threads(options.threads)
+    start_bytes = _status("VmRSS")
+    model = build(options.model, options.dtype, options.layers)
+    arguments = inputs(model, 1)
+    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
+
+    with torch.no_grad():
+        begin = time.perf_counter()
+        import_backend(options.peer)
+        import_s = time.perf_counter() - begin
+        forward = compiled_forward(model, options.peer)
+        forward(**arguments)
+        first_call_s = time.perf_counter() - begin
+        first_peak_bytes = _status("VmHWM")
+        Path("/proc/self/clear_refs").write_text("5", "ascii")  # the high-water mark starts anew
+        later = []
+        for _ in range(LATER_CALLS):
+            reset(arguments)
+            begin = time.perf_counter()
+            forward(**arguments)
+            later.append(time.perf_counter() - begin)
+
+    dynamo_s = 0.0
+    if options.peer != "eager":
+        from torch._dynamo.utils import compilation_time_metrics as spent
+
+        dynamo_s = sum(spent["_compile.compile_inner"]) - sum(spent["OutputGraph.call_user_compiler"])
+    print(
+        json.dumps(
+            {
+                "first_call_s": first_call_s,
+                "import_s": import_s,
+                "dynamo_s": dynamo_s,
+                "later_call_s": statistics.median(later),
+                "peak_bytes": _status("VmHWM"),
+                "first_peak_bytes": first_peak_bytes,
+                "start_bytes": start_bytes,
+                "parameter_bytes": parameter_bytes,
+            }
+        )
+    )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,184 @@
+"""Products with weights: `linear` over up to three weight segments, and `batched_linear`.
+
+linear: x[rows, K] times the segments' weights[N_i, K] transposed, plus bias. Few rows are streamed by `gemv` on the
+CUDA cores, more go through `gemm` on the tensor cores. With SPLITS > 1 each program takes a part of K and leaves
+float32 sums in `part[SPLITS, rows, N]`, which `merge_splits` adds up in a fixed order, so results do not vary.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from llmopt.codegen.triton.kernels.functions import dot
+
+_SIZES = ["n0", "n1", "n2", "rows"]
+
+
+@triton.jit
+def _bias(b0, b1, b2, n0, n1, n2, cols, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr):
+    """The biases of columns counted over all segments, in float32."""
+    total = tl.zeros(cols.shape, tl.float32)
+    if B0:
+        total += tl.load(b0 + cols, mask=cols < n0, other=0.0).to(tl.float32)
+    if B1:
+        total += tl.load(b1 + (cols - n0), mask=(cols >= n0) & (cols < n0 + n1), other=0.0).to(tl.float32)
+    if B2:
+        at = cols - n0 - n1
+        total += tl.load(b2 + at, mask=(at >= 0) & (at < n2), other=0.0).to(tl.float32)
+    return total
+
+
+@triton.jit
+def _segment(tile, w0, w1, w2, n0, n1, n2, BN: tl.constexpr, SEGMENTS: tl.constexpr):
+    """(weight, its rows, tile within it, columns before it) of a tile counted over all segments."""
+    w = w0
+    n = n0
+    shift = n0 * 0
+    if SEGMENTS > 1:
+        first = tl.cdiv(n0, BN)
+        if tile >= first:
+            w = w1
+            n = n1
+            shift = n0
+            tile = tile - first
+            if SEGMENTS > 2:
+                second = tl.cdiv(n1, BN)
+                if tile >= second:
+                    w = w2
+                    n = n2
+                    shift = n0 + n1
+                    tile = tile - second
+    return w, n, tile, shift
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gemv(
+    x, out, part, w0, w1, w2, b0, b1, b2, n0, n1, n2, rows, K, x_stride, out_stride,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    """A program streams BN weight rows once for all M >= rows rows of x. Grid: (column tiles, SPLITS)."""
+    w, n, tile, shift = _segment(tl.program_id(0), w0, w1, w2, n0, n1, n2, BN, SEGMENTS)
+    split = tl.program_id(1)
+    cols = tile * BN + tl.arange(0, BN)
+    row = tl.arange(0, M)
+    span = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+    begin = split * span
+    end = tl.minimum(begin + span, K)
+    weights = w + cols.to(tl.int64)[:, None] * K
+    inputs = x + row.to(tl.int64)[:, None] * x_stride
+    acc = tl.zeros([M, BN, BK], tl.float32)
+    for k in range(begin, end, BK):
+        at = k + tl.arange(0, BK)
+        inside = at < end
+        wt = tl.load(
+            weights + at[None, :],
+            mask=(cols < n)[:, None] & inside[None, :],
+            other=0.0,
+            eviction_policy="evict_first",
+        )
+        xt = tl.load(inputs + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+        acc += wt.to(tl.float32)[None, :, :] * xt.to(tl.float32)[:, None, :]
+    total = tl.sum(acc, 2)
+    ok = (row < rows)[:, None] & (cols < n)[None, :]
+    where = (shift + cols)[None, :]
+    if SPLITS > 1:
+        lead = (split * rows + row).to(tl.int64)[:, None] * (n0 + n1 + n2)
+        tl.store(part + lead + where, total, mask=ok)
+    else:
+        total += _bias(b0, b1, b2, n0, n1, n2, shift + cols, B0, B1, B2)[None, :]
+        lead = row.to(tl.int64)[:, None] * out_stride
+        tl.store(out + lead + where, total.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gemm(
+    x, out, part, w0, w1, w2, b0, b1, b2, n0, n1, n2, rows, K, x_stride, out_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """A program computes a tile [BM, BN]. Grid: (row tiles times column tiles, SPLITS).
+
+    Neighbouring programs walk down up to 8 row tiles before they take the next columns, so weights stay in L2.
+    """
+    tiles_m = tl.cdiv(rows, BM)
+    tiles_n = tl.cdiv(n0, BN)
+    if SEGMENTS > 1:
+        tiles_n += tl.cdiv(n1, BN)
+    if SEGMENTS > 2:
+        tiles_n += tl.cdiv(n2, BN)
+    pid = tl.program_id(0)
+    group = pid // (8 * tiles_n)
+    height = tl.minimum(tiles_m - group * 8, 8)
+    within = pid - group * 8 * tiles_n
+    tile_m = group * 8 + within % height
+    w, n, tile, shift = _segment(within // height, w0, w1, w2, n0, n1, n2, BN, SEGMENTS)
+    split = tl.program_id(1)
+    row = tile_m * BM + tl.arange(0, BM)
+    cols = tile * BN + tl.arange(0, BN)
+    span = tl.cdiv(tl.cdiv(K, BK), SPLITS) * BK
+    begin = split * span
+    end = tl.minimum(begin + span, K)
+    inputs = x + row.to(tl.int64)[:, None] * x_stride
+    weights = w + cols.to(tl.int64)[None, :] * K
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(begin, end, BK):
+        at = k + tl.arange(0, BK)
+        inside = at < end
+        xt = tl.load(inputs + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
+        wt = tl.load(weights + at[:, None], mask=(cols < n)[None, :] & inside[:, None], other=0.0)
+        acc = dot(xt, wt, acc, PRECISION)
+    ok = (row < rows)[:, None] & (cols < n)[None, :]
+    where = (shift + cols)[None, :]
+    if SPLITS > 1:
+        lead = (split * rows + row).to(tl.int64)[:, None] * (n0 + n1 + n2)
+        tl.store(part + lead + where, acc, mask=ok)
+    else:
+        acc += _bias(b0, b1, b2, n0, n1, n2, shift + cols, B0, B1, B2)[None, :]
+        lead = row.to(tl.int64)[:, None] * out_stride
+        tl.store(out + lead + where, acc.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def merge_splits(
+    out, part, b0, b1, b2, n0, n1, n2, rows, out_stride,
+    BLOCK: tl.constexpr, SPLITS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    """Adds the partial sums of all splits, and the bias. Grid: (rows, blocks of columns)."""
+    row = tl.program_id(0).to(tl.int64)
+    total = n0 + n1 + n2
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = cols < total
+    acc = _bias(b0, b1, b2, n0, n1, n2, cols, B0, B1, B2)
+    for split in tl.static_range(SPLITS):
+        acc += tl.load(part + (split * rows + row) * total + cols, mask=ok, other=0.0)
+    tl.store(out + row * out_stride + cols, acc.to(out.dtype.element_ty), mask=ok)
+
+
+@triton.jit(do_not_specialize=["M", "N"])
+def batched(
+    x, w, out, M, N, K, x_row, out_row, batch1, batch2,
+    x0, x1, x2, w0, w1, w2, o0, o1, o2,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """`x[..., M, K]` times `w[..., N, K]` transposed over three levels of batch. Grid: (batch, tiles)."""
+    tiles_m = tl.cdiv(M, BM)
+    tile_m = tl.program_id(1) % tiles_m
+    tile_n = tl.program_id(1) // tiles_m
+    batch = tl.program_id(0).to(tl.int64)
+    c = batch % batch2
+    b = batch // batch2 % batch1
+    a = batch // batch2 // batch1
+    row = tile_m * BM + tl.arange(0, BM)
+    col = tile_n * BN + tl.arange(0, BN)
+    inputs = x + (a * x0 + b * x1 + c * x2) + row.to(tl.int64)[:, None] * x_row
+    weights = w + (a * w0 + b * w1 + c * w2) + col.to(tl.int64)[None, :] * K
+    acc = tl.zeros([BM, BN], tl.float32)
+    for k in range(0, K, BK):
+        at = k + tl.arange(0, BK)
+        xt = tl.load(inputs + at[None, :], mask=(row < M)[:, None] & (at < K)[None, :], other=0.0)
+        wt = tl.load(weights + at[:, None], mask=(col < N)[None, :] & (at < K)[:, None], other=0.0)
+        acc = dot(xt, wt, acc, PRECISION)
+    target = out + (a * o0 + b * o1 + c * o2) + row.to(tl.int64)[:, None] * out_row + col[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=(row < M)[:, None] & (col < N)[None, :])

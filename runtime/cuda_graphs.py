@@ -1,0 +1,126 @@
+"""Decode steps as CUDA graphs: captured once for each padded batch size, then replayed with one launch.
+
+Kernel launches cost more time on the CPU than a small model's decode step takes on the GPU. All kernels have grids that
+depend on shapes alone, so a step that was captured for B requests serves every step of at most B requests that decode
+one token each: what is missing is filled up with requests of one token that are not stored.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+
+from llmopt.runtime.kv_cache import KVCache
+from llmopt.runtime.step_batch import StepBatch
+
+Tensor = torch.Tensor
+
+PADDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # requests of a captured step
+
+
+def is_decode(batch: StepBatch) -> bool:
+    """Whether every request of a batch computes one token and wants its logits."""
+    requests = batch.seq_lens.shape[0]
+    return batch.input_ids.shape[0] == requests == batch.logits_indices.shape[0]
+
+
+def padded_size(requests: int) -> int | None:
+    """The captured size that serves so many requests, None when there are too many."""
+    return next((size for size in PADDED_SIZES if size >= requests), None)
+
+
+def pad_decode(batch: StepBatch, size: int, width: int) -> StepBatch:
+    """A decode batch filled up to `size` requests and block tables of `width` pages.
+
+    A filler is a request of one token (id 0, position 0) over page 0, of which nothing is stored: slot -1.
+    """
+    count, pages = batch.block_tables.shape
+    tables = batch.block_tables.new_zeros((size, width))
+    tables[:count, :pages] = batch.block_tables
+
+    def filled(tensor: Tensor, value: int) -> Tensor:
+        return torch.cat([tensor, tensor.new_full((size - count,), value)])
+
+    return StepBatch(
+        filled(batch.input_ids, 0),
+        filled(batch.positions, 0),
+        filled(batch.slot_mapping, -1),
+        torch.arange(size + 1, dtype=batch.cu_seqlens_q.dtype),
+        filled(batch.seq_lens, 1),
+        tables,
+        torch.arange(size, dtype=batch.logits_indices.dtype),
+    )
+
+
+@dataclass
+class _Captured:
+    """A graph, the memory that its kernels read and write, and where its logits lie."""
+
+    graph: Any
+    inputs: StepBatch
+    logits: Tensor
+    arena: Tensor
+
+
+class DecodeGraphs:
+    """The captured decode steps of one program.
+
+    Args:
+        run: (batch on the device, cache) -> logits on the device, launching kernel by kernel.
+    """
+
+    def __init__(self, run: Callable[[StepBatch, KVCache], Tensor]) -> None:
+        self._run = run
+        self._captured: dict[tuple[int, int], _Captured] = {}
+        self._key: tuple[int, int] | None = None
+        self.replays = 0
+
+    def __call__(self, batch: StepBatch, cache: KVCache, executable: Any) -> Tensor | None:
+        """Logits of a decode step on the CPU, or None for a step that is none, or is too large.
+
+        Raises KernelError as the executable does.
+        """
+        if executable.device.type != "cuda" or not is_decode(batch):
+            return None
+        requests = batch.seq_lens.shape[0]
+        size = padded_size(requests)
+        if size is None:
+            return None
+        # Graphs hold the addresses of weights and caches.
+        key = (executable.weights_version, cache.tensors[0].data_ptr() if cache.tensors else 0)
+        if key != self._key:
+            self._captured.clear()
+            self._key = key
+        width = 1 << max(0, batch.block_tables.shape[1] - 1).bit_length()
+        padded = pad_decode(batch, size, width)
+        captured = self._captured.get((size, width))
+        if captured is None:
+            captured = self._captured[size, width] = self._capture(padded, cache, executable)
+        for field in fields(StepBatch):
+            getattr(captured.inputs, field.name).copy_(getattr(padded, field.name), non_blocking=True)
+        captured.graph.replay()
+        self.replays += 1
+        executable.check()
+        return captured.logits[:requests].cpu()
+
+    def _capture(self, batch: StepBatch, cache: KVCache, executable: Any) -> _Captured:
+        """Runs a step once, which compiles its kernels, then captures it. The fillers' effect on the cache is none;
+        the requests' own keys are written again, to the same values, when the graph is replayed."""
+        device = executable.device
+        inputs = StepBatch(*(getattr(batch, field.name).to(device) for field in fields(StepBatch)))
+        shared, executable.arena = executable.arena, torch.empty(0, dtype=torch.uint8, device=device)
+        try:
+            stream = torch.cuda.Stream(device)
+            stream.wait_stream(torch.cuda.current_stream(device))
+            with torch.cuda.stream(stream):
+                self._run(inputs, cache)
+            torch.cuda.current_stream(device).wait_stream(stream)
+            graph = torch.cuda.CUDAGraph()
+            with torch.cuda.graph(graph):
+                logits = self._run(inputs, cache)
+            return _Captured(graph, inputs, logits, executable.arena)
+        finally:
+            executable.arena = shared

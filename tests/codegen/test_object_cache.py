@@ -1,0 +1,250 @@
+"""The kernel cache: what is in it is whole, many may write at once, and trouble with it costs time only."""
+
+from __future__ import annotations
+
+import errno
+import logging
+import multiprocessing
+import os
+import shutil
+import stat
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from llmopt.codegen.cpu import object_cache, toolchain
+from llmopt.codegen.cpu.available import available_cpus, cgroup_cpus
+from llmopt.codegen.cpu.native import NativeCall, NativePlan, TensorOperand, default_threads
+from llmopt.codegen.cpu.toolchain import LEVELS, build_library, compile_object, host_level
+
+# Writes how many workers there are.
+SOURCE = """#include "abi.h"
+LLMOPT_KERNEL(count) {
+  if (worker.index == 0) *args.tensor<std::int64_t>(0) = worker.count;
+}
+"""
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """An empty cache, and what this process remembers of caches forgotten."""
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path / "cache"))
+    object_cache._usable.cache_clear()
+    object_cache._private.clear()
+    yield tmp_path / "cache"
+    object_cache._usable.cache_clear()
+    object_cache._private.clear()
+
+
+def workers(library: Path, threads: int | None = 1) -> int:
+    """Runs the kernel of SOURCE."""
+    out = np.zeros(1, np.int64)
+    NativePlan(library, [NativeCall("count", (TensorOperand(0),), (), ())]).run([out.ctypes.data], [], threads)
+    return int(out[0])
+
+
+def entries(folder: Path) -> dict[str, Path]:
+    """The library and the two objects of SOURCE, by kind."""
+    library = build_library([SOURCE])
+    assert library.parent == folder
+    kernel = compile_object(SOURCE, host_level())
+    return {"library": library, "object": kernel}
+
+
+def test_the_folder_is_the_users_own(folder: Path) -> None:
+    folder.mkdir(mode=0o755)
+    assert workers(build_library([SOURCE])) == 1
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+    assert sorted(path.suffix for path in folder.iterdir()) == [".o", ".o", ".so"]  # and no temporary file
+
+
+def test_a_second_build_compiles_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    first = build_library([SOURCE])
+    monkeypatch.setattr(toolchain, "_run", lambda *_: pytest.fail("compiled again"))
+    assert build_library([SOURCE]) == first
+
+
+def test_whatever_shapes_an_object_is_in_its_name(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    names = {
+        compile_object(SOURCE, host_level()).name,
+        compile_object(SOURCE + "\n", host_level()).name,
+        compile_object(SOURCE, LEVELS[-1]).name,
+        compile_object(SOURCE, host_level(), {"LLMOPT_BF16_DOT": 0}).name,
+    }
+    compiler = toolchain.find_compiler()
+    other = toolchain.Compiler(compiler.path, compiler.version + " patched")
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: other)
+    names.add(compile_object(SOURCE, host_level()).name)
+    monkeypatch.undo()
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(folder))
+    monkeypatch.setattr(toolchain, "_headers_digest", lambda _: "another header")
+    names.add(compile_object(SOURCE, host_level()).name)
+    assert len(names) == 6
+
+
+@pytest.mark.parametrize("kind", ["library", "object"])
+@pytest.mark.parametrize("damage", ["truncated", "empty", "changed", "foreign"])
+def test_damage_is_noticed_and_repaired(folder: Path, kind: str, damage: str, caplog: pytest.LogCaptureFixture) -> None:
+    found = entries(folder)
+    path = found[kind]
+    content = path.read_bytes()
+    if kind == "object":
+        found["library"].unlink()  # so that the object is needed
+    middle = len(content) // 2
+    broken = {
+        "truncated": content[:middle],
+        "empty": b"",
+        "changed": content[:middle] + bytes([content[middle] ^ 1]) + content[middle + 1 :],
+        "foreign": b"#!/bin/sh\nexit 1\n" * 40,
+    }[damage]
+    # As another process would: a new file, for this one has the old one mapped.
+    path.unlink()
+    path.write_bytes(broken)
+    with caplog.at_level(logging.WARNING):
+        assert workers(build_library([SOURCE])) == 1
+    assert f"{path} is damaged" in caplog.text
+    assert object_cache.find(path.name) == path  # whole again
+    caplog.clear()
+    assert workers(build_library([SOURCE])) == 1
+    assert not caplog.records
+
+
+def test_a_folder_that_vanished_is_made_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    build_library([SOURCE])
+    shutil.rmtree(folder)
+    with caplog.at_level(logging.WARNING):
+        library = build_library([SOURCE])
+    assert workers(library) == 1
+    assert library.parent == folder
+    assert not caplog.records
+
+
+def test_a_full_disk(folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture) -> None:
+    real = object_cache._publish
+
+    def publish(target: Path, content: bytes) -> Path:
+        if target.parent == folder:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return real(target, content)
+
+    monkeypatch.setattr(object_cache, "_publish", publish)
+    with caplog.at_level(logging.WARNING):
+        library = build_library([SOURCE])
+    assert workers(library) == 1
+    assert library.parent == object_cache.private_folder()
+    assert "cannot be written" in caplog.text
+    assert build_library([SOURCE]) == library  # found where it is
+
+
+@pytest.mark.parametrize("reason", ["file", "owner", "noexec", "read-only"])
+def test_an_unusable_folder(
+    folder: Path, reason: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    if reason == "file":
+        folder.write_text("not a folder")
+    elif reason == "owner":
+        monkeypatch.setattr(os, "getuid", lambda: 12345)
+    elif reason == "noexec":
+        real = os.statvfs
+        flags = os.ST_NOEXEC
+        monkeypatch.setattr(os, "statvfs", lambda p: os.statvfs_result((*tuple(real(p))[:8], flags, 255)))
+    else:
+        folder.mkdir(mode=0o500)
+        if os.access(folder, os.W_OK):
+            pytest.skip("this user may write anywhere")
+    with caplog.at_level(logging.WARNING):
+        library = build_library([SOURCE])
+    assert workers(library) == 1
+    assert library.parent == object_cache.private_folder()
+    assert [record for record in caplog.records if "unusable" in record.message] == caplog.records
+    assert len(caplog.records) == 1  # once, not for every object
+
+
+def _write(start: multiprocessing.synchronize.Barrier) -> str:
+    start.wait(60)
+    return str(build_library([SOURCE]))
+
+
+def test_32_processes_write_at_once(folder: Path) -> None:
+    context = multiprocessing.get_context("fork")
+    start = context.Barrier(32)
+    answers = context.SimpleQueue()
+    children = [context.Process(target=lambda: answers.put(_write(start))) for _ in range(32)]
+    for child in children:
+        child.start()
+    paths = {answers.get() for _ in children}
+    for child in children:
+        child.join(60)
+        assert child.exitcode == 0
+    (path,) = map(Path, paths)
+    assert path.parent == folder
+    assert workers(path) == 1
+    names = [entry.name for entry in folder.iterdir()]
+    assert len(names) == 3  # one library, two objects, nothing left behind
+    assert all(object_cache.find(name) for name in names)
+
+
+def test_a_forked_child_runs_kernels(folder: Path) -> None:
+    library = build_library([SOURCE])
+    torch.ones(1 << 20).sum()  # the parent's pool of threads exists
+    workers(library, 2)
+    context = multiprocessing.get_context("fork")
+    answers = context.SimpleQueue()
+    child = context.Process(target=lambda: answers.put(workers(build_library([SOURCE]), 2)))
+    child.start()
+    child.join(60)
+    assert child.exitcode == 0, "the child hangs"
+    assert answers.get() == 1
+
+
+def test_the_private_folder_outlives_a_fork(folder: Path) -> None:
+    private = object_cache.private_folder()
+    child = multiprocessing.get_context("fork").Process(target=object_cache.private_folder)
+    child.start()
+    child.join(60)
+    assert private.is_dir()
+
+
+def test_threads_are_those_of_pytorch_within_the_grant(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    library = build_library([SOURCE])
+    before = torch.get_num_threads()
+    try:
+        for number in (1, 2):
+            torch.set_num_threads(number)
+            assert default_threads() == min(number, available_cpus())
+            assert workers(library, None) == default_threads()
+        torch.set_num_threads(2)
+        monkeypatch.setattr("llmopt.codegen.cpu.native.available_cpus", lambda: 1)
+        assert workers(library, None) == 1
+    finally:
+        torch.set_num_threads(before)
+    assert workers(library, 2) == 2  # what was asked for
+
+
+def _group(root: Path, path: str, **files: str) -> None:
+    (root / path).mkdir(parents=True, exist_ok=True)
+    for name, text in files.items():
+        (root / path / name.replace("__", ".")).write_text(text + "\n")
+
+
+def test_quotas_of_control_groups(tmp_path: Path) -> None:
+    assert cgroup_cpus("0::/a/b\n", tmp_path) is None
+    _group(tmp_path, "a", cpu__max="150000 100000")
+    _group(tmp_path, "a/b", cpu__max="max 100000")
+    assert cgroup_cpus("0::/a/b\n", tmp_path) == 1.5
+    _group(tmp_path, "a/b", cpu__max="50000 100000")
+    assert cgroup_cpus("0::/a/b\n", tmp_path) == 0.5
+    assert cgroup_cpus("0::/not/mounted\n", tmp_path) is None
+    _group(tmp_path, "", cpu__max="400000 100000")
+    assert cgroup_cpus("0::/not/mounted\n", tmp_path) == 4.0
+
+
+def test_quotas_of_the_first_version(tmp_path: Path) -> None:
+    _group(tmp_path, "cpu,cpuacct/x", cpu__cfs_quota_us="200000", cpu__cfs_period_us="100000")
+    membership = "3:memory:/x\n2:cpu,cpuacct:/x\n"
+    assert cgroup_cpus(membership, tmp_path) == 2.0
+    _group(tmp_path, "cpu,cpuacct/x", cpu__cfs_quota_us="-1")
+    assert cgroup_cpus(membership, tmp_path) is None

@@ -1,0 +1,43 @@
+"""Triton kernels against their references in Triton's interpreter, in a process where kernels are interpreted.
+
+Kernels are made interpretable when their modules are loaded, and the rest of the suite needs Triton as it is.
+"""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+TESTS = Path(__file__).resolve().parent.parent
+pytest.importorskip("triton", reason="GPU kernels need triton")
+
+
+def interpret(*arguments: str) -> None:
+    """Runs tests in a process with the interpreter on."""
+    environment = {**os.environ, "TRITON_INTERPRET": "1"}
+    for name in [n for n in environment if n.startswith("PYTEST_XDIST")]:
+        del environment[name]
+    command = [sys.executable, "-m", "pytest", "-p", "no:xdist", "-p", "no:cacheprovider", *arguments]
+    answer = subprocess.run(command, cwd=TESTS.parent, env=environment, capture_output=True, text=True, check=False)
+    assert answer.returncode == 0, answer.stdout[-6000:] + answer.stderr[-2000:]
+
+
+def test_kernels() -> None:
+    interpret("tests/gpu/interpreter", "-m", "not slow")
+
+
+def test_loops() -> None:
+    """Some of the tests of the fused loops, with Triton in place of C++."""
+    files = ["tests/codegen/test_loops_reductions.py", "tests/codegen/test_loops_gathers.py"]
+    interpret(*files, "-m", "not slow", "-k", "softmax or any or all or mean or prod or index_select or bounds")
+
+
+@pytest.mark.slow
+def test_everything() -> None:
+    """All tests of the fused loops that compare with eager."""
+    loops = [f"tests/codegen/test_loops_{name}.py" for name in ("ops", "views", "random", "reductions", "gathers")]
+    interpret("tests/gpu/interpreter", *loops)

@@ -1,0 +1,64 @@
+"""Whole models planned for a GPU on fake CUDA tensors: everything has a kernel, as step and as backend."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+import torch
+from gpu.devices import lower_for_cuda, to_cuda
+from graphs.capturing import catch
+from models.zoo import VOCABULARY, ZOO, build
+
+from llmopt.codegen.loops.print_triton import print_triton
+from llmopt.codegen.program import Program
+from llmopt.codegen.program_json import from_json, to_json
+from llmopt.codegen.triton.templates import TEMPLATES
+from llmopt.compiler.options import Options
+from llmopt.compiler.pass_manager import run_pipeline
+from llmopt.passes.pipeline import BACKEND, step_pipeline
+from llmopt.tracing import trace_forward
+
+
+def models(*fast: str) -> list[Any]:
+    """All models of the zoo, of which only some run without `slow`: tracing is what takes the time here."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
+
+
+def logits_of(model: Any) -> Any:
+    """The model's forward without a cache, as `compiler/step.py` wants it."""
+    return lambda ids: model(input_ids=ids, use_cache=False).logits
+
+
+def check(program: Program) -> None:
+    assert program.target == "cuda"
+    assert [(call.op, call.reason) for call in program.fallbacks] == []
+    for kernel in program.kernels:
+        if kernel.loop is None:
+            assert kernel.template in TEMPLATES
+        else:
+            compile(print_triton(kernel.loop), kernel.loop.name, "exec")
+
+
+@pytest.mark.parametrize("name", models("llama", "mixtral"))
+def test_step(name: str) -> None:
+    captured, _ = trace_forward(logits_of(build(name, torch.bfloat16)), 128)
+    to_cuda(captured.graph)
+    for node, weight in zip(captured.graph.find_nodes(op="placeholder"), captured.weights, strict=True):
+        node.meta["weight"] = weight
+    run_pipeline(captured.graph, step_pipeline(16), Options())
+    program = lower_for_cuda(captured.graph).program
+    check(program)
+    templates = {kernel.template for kernel in program.kernels}
+    assert {"attention", "kv_write", "linear", "embedding"} <= templates
+    again = from_json(to_json(program))
+    assert again == program and again.target == "cuda"
+
+
+@pytest.mark.parametrize("name", models("bloom"))
+def test_backend(name: str) -> None:
+    ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(0))
+    caught = catch(logits_of(build(name, torch.bfloat16)), ids, dynamic=True)
+    to_cuda(caught.graph)
+    run_pipeline(caught.graph, BACKEND, Options())
+    check(lower_for_cuda(caught.graph, caught.captured.mutations).program)
