@@ -17,18 +17,19 @@ if TYPE_CHECKING:
     from llmopt.compiler.pass_manager import Pass
     from llmopt.explaining import explain
     from llmopt.exporting import export, load
-    from llmopt.llm import LLM, CompletionOutput, RequestOutput
+    from llmopt.llm import LLM
     from llmopt.optimization import optimize
     from llmopt.passes.pipeline import register_pass, unregister_pass
     from llmopt.runtime.beam_search import BeamSearchParams
+    from llmopt.runtime.outputs import CompletionOutput, RequestOutput
     from llmopt.runtime.sampling import SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 _HOME = {
     "LLM": "llmopt.llm",
-    "CompletionOutput": "llmopt.llm",
-    "RequestOutput": "llmopt.llm",
+    "CompletionOutput": "llmopt.runtime.outputs",
+    "RequestOutput": "llmopt.runtime.outputs",
     "SamplingParams": "llmopt.runtime.sampling",
     "StructuredOutputsParams": "llmopt.runtime.sampling",
     "BeamSearchParams": "llmopt.runtime.beam_search",

@@ -16,64 +16,36 @@ from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.huggingface import load_model, load_tokenizer
 from llmopt.runtime.engine_core import EngineCore
-from llmopt.runtime.generation import Job, Update, run_jobs
+from llmopt.runtime.generation import Job, SequenceGroup, run_groups
 from llmopt.runtime.metrics import Metrics
+from llmopt.runtime.outputs import CompletionOutput, RequestOutput
 from llmopt.runtime.program_file import LoadedProgram, load_program, save_program
-from llmopt.runtime.request import Request, StopCheck
-from llmopt.runtime.sampling import SamplingParams
-from llmopt.runtime.text import IncrementalText, TextCodec
+from llmopt.runtime.sampling import ConstraintCompiler, SamplingParams
+from llmopt.runtime.text import TextCodec
 
 if TYPE_CHECKING:
     from llmopt.engine import ModelEngine
 
 
 @dataclass(frozen=True)
-class CompletionOutput:
-    """One continuation: its text, its token ids, and why it ended ("stop" or "length").
-
-    A request that failed, alone, has the finish_reason "error" and an `error` that says why, beside what it had
-    generated until then.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    finish_reason: str | None
-    error: str | None = None
-
-
-@dataclass(frozen=True)
-class RequestOutput:
-    """A prompt and its continuations; `num_cached_tokens` of the prompt were found in the prefix cache."""
-
-    prompt: str | None
-    prompt_token_ids: tuple[int, ...]
-    outputs: tuple[CompletionOutput, ...]
-    num_cached_tokens: int = 0
-
-
-@dataclass(frozen=True)
 class StreamChunk:
-    """Text that became certain with one token of request `index`; the last chunk of one that failed has no token."""
+    """Text that became certain with one token of continuation `sequence` of request `index`.
+
+    The last chunk of one that failed has no token.
+    """
 
     index: int
     text: str
     token_id: int | None
     finish_reason: str | None
+    sequence: int = 0
 
+
+__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput", "StreamChunk"]
 
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
-# Sampling parameters that the output has no place for, or that nobody compiles for the model.
-_NOT_SERVED: dict[str, Any] = {
-    "n": 1,
-    "best_of": None,
-    "logprobs": None,
-    "prompt_logprobs": None,
-    "detokenize": True,
-    "bad_words": (),
-    "structured_outputs": None,
-}
 # Options that shape the compiled program; the others are about running it.
 _DECIDED_AT_EXPORT = frozenset(
     {"dtype", "block_size", "kv_cache_dtype", "batch_invariant", "disabled_passes", "fuel", "verify", "fallback"}
@@ -116,6 +88,7 @@ class LLM:
 
             self._engine = ModelEngine(model, self.options, self.report, owned=owned)
         self._codec = TextCodec(tokenizer) if tokenizer is not None else None
+        self._constraints: ConstraintCompiler | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -149,20 +122,19 @@ class LLM:
             priority: for each prompt; lower goes first, and equals in the order given.
             cache_salt: keys and values are shared only with calls of the same salt.
 
-        Raises InputError for an empty prompt, one that is too long, or a token id out of range, before any work.
+        Raises InputError for an empty prompt, one that is too long, or a token id out of range, and for parameters
+        that need a tokenizer where there is none; OptionError for a grammar that is wrong; all before any work.
         """
-        texts, ids, params = self._prepare(prompts, sampling_params)
-        streams = self._streams(params)
-        done: dict[int, Request] = {}
-        with tqdm(total=len(ids), desc="prompts", disable=not use_tqdm) as bar:
-            for update in self._run(ids, params, streams, priority, cache_salt):
-                if update.is_last:
-                    done[update.index] = update.request
-                    bar.update()
-        return [
-            RequestOutput(text, tuple(prompt), (self._completion(i, done[i], streams),), done[i].num_hit)
-            for i, (text, prompt) in enumerate(zip(texts, ids, strict=True))
-        ]
+        groups = self._groups(prompts, sampling_params, priority, cache_salt)
+        left = [group.job.params.num_sequences for group in groups]
+        with tqdm(total=len(groups), desc="prompts", disable=not use_tqdm) as bar:
+            for update in run_groups(groups[0].core, groups) if groups else ():
+                left[update.index] -= update.is_last
+                bar.update(update.is_last and not left[update.index])
+        for number, group in enumerate(groups):
+            if group.error is not None:
+                log.warning("prompt %d failed: %s", number, group.error)
+        return [group.output() for group in groups]
 
     def stream(
         self,
@@ -176,17 +148,15 @@ class LLM:
 
         Other calls may run while the iterator waits: their requests and these share steps.
         """
-        _, ids, params = self._prepare(prompts, sampling_params)
-        streams = self._streams(params)
-        for update in self._run(ids, params, streams, priority, cache_salt):
-            text = ""
-            if streams:
-                stream = streams[update.index]
-                # Another call's steps may have brought several tokens: the text then comes with the first of them.
-                text = stream.finish() if update.is_last else stream.take()
-            yield StreamChunk(
-                update.index, text, update.token, update.request.finish_reason if update.is_last else None
-            )
+        groups = self._groups(prompts, sampling_params, priority, cache_salt)
+        for group in groups:
+            if group.job.params.num_sequences > group.job.params.n:
+                raise InputError(
+                    f"best_of={group.job.params.best_of} cannot be streamed: the best are known at the end"
+                )
+        for update in run_groups(groups[0].core, groups) if groups else ():
+            reason = update.request.finish_reason if update.is_last else None
+            yield StreamChunk(update.index, update.text, update.token, reason, update.sequence)
 
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""
@@ -212,54 +182,41 @@ class LLM:
         many = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         if len(many) != len(ids):
             raise InputError(f"{len(ids)} prompts but {len(many)} sampling parameters")
-        for name, neutral in _NOT_SERVED.items():
-            for given in (getattr(p, name) for p in many):
-                if given != neutral:
-                    raise InputError(f"{name}={given!r:.80} is not served here")
         if any(p.stop for p in many) and self._codec is None:
             raise InputError("stop strings need a tokenizer; use stop_token_ids, or pass a tokenizer to LLM")
         return texts, ids, many
 
-    def _streams(self, params: Sequence[SamplingParams]) -> list[IncrementalText]:
-        if self._codec is None:
-            return []
-        return [
-            IncrementalText(
-                self._codec,
-                p.skip_special_tokens,
-                p.stop,
-                include_stop=p.include_stop_str_in_output,
-                spaces_between_special_tokens=p.spaces_between_special_tokens,
-            )
-            for p in params
-        ]
-
-    def _run(
+    def _groups(
         self,
-        ids: Sequence[Sequence[int]],
-        params: Sequence[SamplingParams],
-        streams: Sequence[IncrementalText],
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
         cache_salt: str | None,
-    ) -> Iterator[Update]:
+    ) -> list[SequenceGroup]:
+        texts, ids, params = self._prepare(prompts, sampling_params)
         if priority is not None and len(priority) != len(ids):
             raise InputError(f"{len(ids)} prompts but {len(priority)} priorities")
         if not ids:
-            return iter(())
-
-        def check_of(index: int) -> StopCheck | None:
-            def stop_check(request: Request) -> bool:
-                may_stop = request.num_generated >= request.params.min_tokens
-                return streams[index].push(request.tokens[-1], may_stop)
-
-            return stop_check if streams else None
-
-        ranks = priority or [0] * len(ids)
-        jobs = [
-            Job(prompt, param, check_of(i), rank, cache_salt)
-            for i, (prompt, param, rank) in enumerate(zip(ids, params, ranks, strict=True))
+            return []
+        core = self._engine_core()
+        if self._constraints is None:
+            info = self._engine.info if self._engine is not None else self._program_info
+            self._constraints = ConstraintCompiler(info.vocab_size, info.eos_token_ids, self._codec)
+        return [
+            SequenceGroup(
+                core,
+                Job(
+                    prompt,
+                    param,
+                    text=text,
+                    codec=self._codec,
+                    constraints=self._constraints.compile(param),
+                    priority=rank,
+                    cache_salt=cache_salt,
+                ),
+            )
+            for text, prompt, param, rank in zip(texts, ids, params, priority or [0] * len(ids), strict=True)
         ]
-        return run_jobs(self._engine_core(), jobs)
 
     def _engine_core(self, fresh: bool = True) -> EngineCore:
         """The engine; `fresh` looks whether the weights have changed."""
@@ -269,16 +226,6 @@ class LLM:
             info = self._program_info
             self._core = EngineCore(info.program, info, self.options, self.max_model_len)
         return self._core
-
-    def _completion(self, index: int, request: Request, streams: Sequence[IncrementalText]) -> CompletionOutput:
-        text = ""
-        if streams:
-            streams[index].finish()
-            text = streams[index].text
-        error = None if request.error is None else str(request.error)
-        if error is not None:
-            log.warning("prompt %d failed: %s", index, error)
-        return CompletionOutput(text, tuple(request.generated), request.finish_reason, error)
 
     def export(self, path: str | Path) -> None:
         """Writes the compiled step program with its weights and tokenizer to a file that `LLM` and `load` read.

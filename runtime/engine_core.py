@@ -23,7 +23,6 @@ from llmopt.runtime.sampling import (
     Sampler,
     SamplingParams,
     SamplingState,
-    TokenChooser,
     token_logprobs,
 )
 from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig
@@ -101,7 +100,6 @@ class EngineCore:
         stop_check: StopCheck | None = None,
         outbox: Outbox | None = None,
         constraints: Constraints | None = None,
-        chooser: TokenChooser | None = None,
     ) -> Request:
         """Queues a request; it runs in the steps that follow.
 
@@ -114,7 +112,6 @@ class EngineCore:
             stream: which random stream of the seed this sequence draws from.
             stop_check, outbox: see `Request`.
             constraints: what `ConstraintCompiler` made of `params`.
-            chooser: chooses the tokens in the sampler's place.
 
         Raises InputError for a request that could never be served, QueueFullError when too many wait.
         """
@@ -131,9 +128,7 @@ class EngineCore:
             stop_check=stop_check,
             outbox=outbox,
         )
-        request.sampling_state = SamplingState(
-            params, tuple(prompt), stream, constraints=constraints, chooser=chooser
-        )
+        request.sampling_state = SamplingState(params, tuple(prompt), stream, constraints=constraints)
         with self._lock:
             self.scheduler.add(request)
         return request

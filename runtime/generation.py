@@ -11,7 +11,7 @@ from llmopt.runtime.detokenizer import Detokenizer
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
 from llmopt.runtime.request import Outbox, Request, StopCheck
-from llmopt.runtime.sampling import Constraints, SamplingParams, TokenChooser
+from llmopt.runtime.sampling import Constraints, SamplingParams
 from llmopt.runtime.text import TextCodec
 
 
@@ -24,7 +24,7 @@ class Job:
     text: what `prompt` was made of.
     codec: makes text of the tokens; None leaves them what they are.
     constraints: what `ConstraintCompiler` made of `params`.
-    stop_check, chooser: of requests without a codec; see `Request` and `SamplingState`.
+    stop_check: of requests without a codec; see `Request`.
     request_id, priority, cache_salt: as `EngineCore.add_request` takes them.
     """
 
@@ -34,7 +34,6 @@ class Job:
     codec: TextCodec | None = None
     constraints: Constraints | None = None
     stop_check: StopCheck | None = None
-    chooser: TokenChooser | None = None
     request_id: str | None = None
     priority: int = 0
     cache_salt: str | None = None
@@ -60,7 +59,7 @@ class SequenceGroup:
 
     def __init__(self, core: EngineCore, job: Job) -> None:
         core.check(job.prompt, job.params, priority=job.priority, cache_salt=job.cache_salt)
-        self.job, self._core = job, core
+        self.job, self.core = job, core
         self.sequences: list[SequenceState] = []
         self._outbox: Outbox | None = None
         self._prompt_logprobs: list[PositionLogprobs | None] = [None]
@@ -69,7 +68,7 @@ class SequenceGroup:
         """Queues the first request; raises QueueFullError."""
         self._outbox, job = outbox, self.job
         detokenizer = self._new_detokenizer()
-        request = self._core.add_request(
+        request = self.core.add_request(
             job.prompt,
             job.params,
             request_id=job.request_id,
@@ -77,7 +76,6 @@ class SequenceGroup:
             cache_salt=job.cache_salt,
             constraints=job.constraints,
             stop_check=self._stop_check(detokenizer),
-            chooser=job.chooser,
             outbox=outbox,
         )
         self.sequences.append(SequenceState(0, request, detokenizer))
@@ -88,10 +86,10 @@ class SequenceGroup:
         if self.is_complete:
             return
         first = self.sequences[0].request
-        while not self.is_complete and first.num_generated and self._core.has_room:
+        while not self.is_complete and first.num_generated and self.core.has_room:
             number, detokenizer = len(self.sequences), self._new_detokenizer()
             try:
-                child = self._core.fork(
+                child = self.core.fork(
                     first,
                     stream=number,
                     constraints=self.job.constraints,
@@ -120,7 +118,7 @@ class SequenceGroup:
         """Ends what has not ended."""
         for sequence in self.sequences:
             if not sequence.request.published[1]:
-                self._core.abort(sequence.request)
+                self.core.abort(sequence.request)
 
     @property
     def error(self) -> Exception | None:

@@ -22,7 +22,6 @@ from llmopt.runtime.metrics import Counters
 from llmopt.runtime.prefix_cache import PrefixCache
 from llmopt.runtime.request import NO_BLOCK, Request, Status
 
-
 # Rows of logits of one step that are computed for log probabilities of prompts: each is as wide as the vocabulary.
 MAX_PROMPT_ROWS = 256
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
+
 import pytest
 import torch
 from models.target import FOLDER, PROMPT, target_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmopt import LLM, RequestOutput, SamplingParams
+from llmopt import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from llmopt.errors import InputError, OptionError
 from llmopt.llm import StreamChunk
 from llmopt.runtime.text import REPLACEMENT
@@ -81,3 +83,68 @@ def test_bad_paths_and_options() -> None:
         LLM(FOLDER, max_seqs=3)
     with pytest.raises(OptionError, match=r"'block_size'.*got 0"):
         LLM(FOLDER, block_size=0)
+
+
+def test_several_continuations_are_distinct_and_repeatable() -> None:
+    llm = target_llm()
+    params = SamplingParams(temperature=1.5, seed=5, max_tokens=8, n=3)
+    (first,), (second,) = llm.generate(PROMPT, params), llm.generate(PROMPT, params)
+    rows = [completion.token_ids for completion in first.outputs]
+    assert first.finished and [completion.index for completion in first.outputs] == [0, 1, 2]
+    assert len(set(rows)) == 3 and rows == [completion.token_ids for completion in second.outputs]
+    streamed: list[list[int | None]] = [[], [], []]
+    for chunk in llm.stream(PROMPT, params):
+        streamed[chunk.sequence].append(chunk.token_id)
+    assert [tuple(row) for row in streamed] == rows
+
+
+def test_best_of_gives_the_likeliest() -> None:
+    llm = target_llm()
+    params = SamplingParams(temperature=1.5, seed=5, max_tokens=8, n=4, logprobs=0)
+    (every,) = llm.generate(PROMPT, params)
+    (best,) = llm.generate(PROMPT, params.replace(n=2, best_of=4, logprobs=None))
+    ranked = sorted(every.outputs, key=lambda completion: -(completion.cumulative_logprob or 0.0))
+    assert [completion.token_ids for completion in best.outputs] == [c.token_ids for c in ranked[:2]]
+    assert [completion.index for completion in best.outputs] == [0, 1]
+    with pytest.raises(InputError, match=r"best_of=4 cannot be streamed"):
+        next(iter(llm.stream(PROMPT, params.replace(n=2, best_of=4))))
+
+
+def test_logprobs_equal_those_of_the_eager_model() -> None:
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    (output,) = target_llm().generate(PROMPT, GREEDY.replace(max_tokens=6, logprobs=3, prompt_logprobs=2))
+    (completion,), prompt = output.outputs, output.prompt_token_ids
+    ids = [*prompt, *completion.token_ids]
+    with torch.no_grad():
+        expected = model(torch.tensor([ids])).logits[0].log_softmax(-1)
+    assert output.prompt_logprobs is not None and completion.logprobs is not None
+    assert output.prompt_logprobs[0] is None
+    found = [*output.prompt_logprobs[1:], *completion.logprobs]
+    assert len(found) == len(ids) - 1
+    for place, entry in enumerate(found):
+        assert entry is not None and ids[place + 1] in entry
+        assert len(entry) >= (2 if place < len(prompt) - 1 else 3)
+        for token, one in entry.items():
+            assert one.logprob == pytest.approx(expected[place, token].item(), abs=2e-3)
+    total = sum(entry[token].logprob for entry, token in zip(completion.logprobs, completion.token_ids, strict=True))
+    assert completion.cumulative_logprob == pytest.approx(total)
+
+
+def test_structured_outputs_bad_words_and_no_text() -> None:
+    llm = target_llm()
+    schema = StructuredOutputsParams(
+        json={"type": "object", "properties": {"a": {"enum": [1, 2]}}, "required": ["a"], "additionalProperties": False}
+    )
+    (output,) = llm.generate(PROMPT, SamplingParams(temperature=0.0, max_tokens=80, structured_outputs=schema))
+    assert json.loads(output.outputs[0].text)["a"] in (1, 2)
+    (whole,) = llm.generate(PROMPT, GREEDY)
+    word = whole.outputs[0].text.split()[0]
+    (other,) = llm.generate(PROMPT, GREEDY.replace(bad_words=[word]))
+    assert other.outputs[0].token_ids != whole.outputs[0].token_ids
+    (bare,) = llm.generate(PROMPT, GREEDY.replace(detokenize=False))
+    assert bare.outputs[0].text == "" and bare.outputs[0].token_ids == whole.outputs[0].token_ids
+
+
+def test_parameters_that_cannot_be_served() -> None:
+    with pytest.raises(OptionError, match=r"regex.*unclosed group"):
+        target_llm().generate(PROMPT, GREEDY.replace(structured_outputs=StructuredOutputsParams(regex="(")))
