@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
 
@@ -15,10 +14,13 @@ from llmopt.compiler.errors import InputError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.huggingface import load_model, load_tokenizer
+from llmopt.runtime.beam_search import BeamSearchParams
+from llmopt.runtime.chat_template import ChatTemplate
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.generation import Job, SequenceGroup, run_groups
 from llmopt.runtime.metrics import Metrics
-from llmopt.runtime.outputs import CompletionOutput, RequestOutput
+from llmopt.runtime.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput, StreamChunk
+from llmopt.runtime.paged_beams import PagedBeams
 from llmopt.runtime.program_file import LoadedProgram, load_program, save_program
 from llmopt.runtime.sampling import ConstraintCompiler, SamplingParams
 from llmopt.runtime.text import TextCodec
@@ -26,26 +28,10 @@ from llmopt.runtime.text import TextCodec
 if TYPE_CHECKING:
     from llmopt.engine import ModelEngine
 
-
-@dataclass(frozen=True)
-class StreamChunk:
-    """Text that became certain with one token of continuation `sequence` of request `index`.
-
-    The last chunk of one that failed has no token.
-    """
-
-    index: int
-    text: str
-    token_id: int | None
-    finish_reason: str | None
-    sequence: int = 0
-
-
-__all__ = ["LLM", "CompletionOutput", "Prompt", "RequestOutput", "StreamChunk"]
-
 log = logging.getLogger(__name__)
 
 Prompt = str | Sequence[int]
+Message = Mapping[str, Any]
 # Options that shape the compiled program; the others are about running it.
 _DECIDED_AT_EXPORT = frozenset(
     {"dtype", "block_size", "kv_cache_dtype", "batch_invariant", "disabled_passes", "fuel", "verify", "fallback"}
@@ -61,8 +47,7 @@ class LLM:
         options: the fields of `llmopt.Options`.
 
     Raises OptionError for unknown options, InputError for a path that holds no model and for an option that a program
-    file has decided already, UnsupportedError for a model that
-    cannot run over a paged KV cache.
+    file has decided already, UnsupportedError for a model that cannot run over a paged KV cache.
     """
 
     def __init__(self, model: torch.nn.Module | str | Path, tokenizer: Any = None, **options: Any) -> None:
@@ -71,6 +56,7 @@ class LLM:
         self._engine: ModelEngine | None = None
         self._loaded: LoadedProgram | None = None
         self._core: EngineCore | None = None
+        self._constraints: ConstraintCompiler | None = None
         if isinstance(model, str | Path) and Path(model).is_file():
             for name in _DECIDED_AT_EXPORT & options.keys():
                 raise InputError(f"{name}={options[name]!r} was decided when {model} was exported and cannot be set")
@@ -87,8 +73,8 @@ class LLM:
             from llmopt.engine import ModelEngine
 
             self._engine = ModelEngine(model, self.options, self.report, owned=owned)
+        self._tokenizer = tokenizer
         self._codec = TextCodec(tokenizer) if tokenizer is not None else None
-        self._constraints: ConstraintCompiler | None = None
 
     @property
     def max_model_len(self) -> int:
@@ -103,6 +89,8 @@ class LLM:
         if self._loaded is None:
             raise InputError("this LLM was made from a model, not from a program file")
         return self._loaded
+
+    # ---- doors -----------------------------------------------------------------------------------------------------
 
     def generate(
         self,
@@ -122,19 +110,58 @@ class LLM:
             priority: for each prompt; lower goes first, and equals in the order given.
             cache_salt: keys and values are shared only with calls of the same salt.
 
-        Raises InputError for an empty prompt, one that is too long, or a token id out of range, and for parameters
-        that need a tokenizer where there is none; OptionError for a grammar that is wrong; all before any work.
+        Raises InputError for an empty prompt, one that is too long, or a token id out of range, and OptionError for
+        parameters that do not suit the model (see `ConstraintCompiler`), before any work.
         """
         groups = self._groups(prompts, sampling_params, priority, cache_salt)
+        if not groups:
+            return []
         left = [group.job.params.num_sequences for group in groups]
         with tqdm(total=len(groups), desc="prompts", disable=not use_tqdm) as bar:
-            for update in run_groups(groups[0].core, groups) if groups else ():
+            for update in run_groups(groups[0].core, groups):
                 left[update.index] -= update.is_last
-                bar.update(update.is_last and not left[update.index])
-        for number, group in enumerate(groups):
-            if group.error is not None:
-                log.warning("prompt %d failed: %s", number, group.error)
-        return [group.output() for group in groups]
+                bar.update(update.is_last and left[update.index] == 0)
+        outputs = [group.output() for group in groups]
+        for number, output in enumerate(outputs):
+            for completion in output.outputs:
+                if completion.error is not None:
+                    log.warning("prompt %d failed: %s", number, completion.error)
+        return outputs
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        use_tqdm: bool = False,
+        *,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        **more: Any,
+    ) -> list[RequestOutput]:
+        """Answers one conversation, or several: `[{"role": "user", "content": "..."}, ...]`.
+
+        Args:
+            messages: a conversation, or a list of them.
+            sampling_params, use_tqdm: as for `generate`.
+            chat_template: Jinja, run in a sandbox; by default the tokenizer's.
+            add_generation_prompt: end with the header of an answer.
+            more: further variables for the template, such as `tools`.
+
+        Raises InputError without a template or tokenizer, and for messages that the template refuses.
+        """
+        if self._codec is None:
+            raise InputError("chat needs a tokenizer; pass one to LLM")
+        own = getattr(self._tokenizer, "chat_template", None)
+        source = chat_template or (own if isinstance(own, str) else None)
+        if source is None:
+            raise InputError("this tokenizer has no chat template; pass chat_template")
+        template = ChatTemplate(source, getattr(self._tokenizer, "special_tokens_map", {}))
+        many = [messages] if messages and isinstance(messages[0], Mapping) else messages
+        more["add_generation_prompt"] = add_generation_prompt
+        rendered = [template.render(cast(Sequence[Message], one), **more) for one in many]
+        # The template writes the special tokens itself.
+        prompts = [self._codec.encode(text, False) for text in rendered]
+        return self.generate(prompts, sampling_params, use_tqdm)
 
     def stream(
         self,
@@ -158,74 +185,33 @@ class LLM:
             reason = update.request.finish_reason if update.is_last else None
             yield StreamChunk(update.index, update.text, update.token, reason, update.sequence)
 
+    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+        """The likeliest continuations of every prompt, best first, as transformers' `generate(num_beams=...)` has them.
+
+        Raises InputError as `generate`.
+        """
+        core = self._engine_core()
+        texts, ids = self._encode(prompts)
+        for prompt in ids:
+            core.check(prompt, SamplingParams(max_tokens=params.max_tokens))
+            if len(prompt) + params.max_tokens > self.max_model_len:
+                raise InputError(
+                    f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} are more than "
+                    f"max_model_len={self.max_model_len}"
+                )
+        outputs = []
+        for text, prompt in zip(texts, ids, strict=True):
+            beams = PagedBeams(core.program, prompt, params, core.eos_token_ids).run()
+            sequences = (
+                BeamSearchSequence(b.tokens, self._codec.decode(b.tokens) if self._codec else "", b.score)
+                for b in beams
+            )
+            outputs.append(BeamSearchOutput(text, tuple(prompt), tuple(sequences)))
+        return outputs
+
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""
         return self._engine_core(fresh=False).metrics()
-
-    def _prepare(
-        self, prompts: Prompt | Sequence[Prompt], sampling_params: SamplingParams | Sequence[SamplingParams] | None
-    ) -> tuple[list[str | None], list[list[int]], list[SamplingParams]]:
-        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
-            prompts = [cast(Prompt, prompts)]
-        texts: list[str | None] = []
-        ids: list[list[int]] = []
-        for prompt in prompts:
-            if isinstance(prompt, str):
-                if self._codec is None:
-                    raise InputError("a text prompt needs a tokenizer; pass one to LLM, or pass token ids")
-                texts.append(prompt)
-                ids.append(self._codec.encode(prompt))
-            else:
-                texts.append(None)
-                ids.append([t.item() if hasattr(t, "item") else t for t in prompt])  # type: ignore[union-attr]
-        params = sampling_params or SamplingParams()
-        many = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
-        if len(many) != len(ids):
-            raise InputError(f"{len(ids)} prompts but {len(many)} sampling parameters")
-        if any(p.stop for p in many) and self._codec is None:
-            raise InputError("stop strings need a tokenizer; use stop_token_ids, or pass a tokenizer to LLM")
-        return texts, ids, many
-
-    def _groups(
-        self,
-        prompts: Prompt | Sequence[Prompt],
-        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
-        priority: Sequence[int] | None,
-        cache_salt: str | None,
-    ) -> list[SequenceGroup]:
-        texts, ids, params = self._prepare(prompts, sampling_params)
-        if priority is not None and len(priority) != len(ids):
-            raise InputError(f"{len(ids)} prompts but {len(priority)} priorities")
-        if not ids:
-            return []
-        core = self._engine_core()
-        if self._constraints is None:
-            info = self._engine.info if self._engine is not None else self._program_info
-            self._constraints = ConstraintCompiler(info.vocab_size, info.eos_token_ids, self._codec)
-        return [
-            SequenceGroup(
-                core,
-                Job(
-                    prompt,
-                    param,
-                    text=text,
-                    codec=self._codec,
-                    constraints=self._constraints.compile(param),
-                    priority=rank,
-                    cache_salt=cache_salt,
-                ),
-            )
-            for text, prompt, param, rank in zip(texts, ids, params, priority or [0] * len(ids), strict=True)
-        ]
-
-    def _engine_core(self, fresh: bool = True) -> EngineCore:
-        """The engine; `fresh` looks whether the weights have changed."""
-        if self._engine is not None:
-            return self._engine.core(fresh)
-        if self._core is None:
-            info = self._program_info
-            self._core = EngineCore(info.program, info, self.options, self.max_model_len)
-        return self._core
 
     def export(self, path: str | Path) -> None:
         """Writes the compiled step program with its weights and tokenizer to a file that `LLM` and `load` read.
@@ -245,3 +231,74 @@ class LLM:
             eos_token_ids=info.eos_token_ids,
             tokenizer=tokenizer,
         )
+
+    # ---- requests --------------------------------------------------------------------------------------------------
+
+    def _encode(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
+        """Texts, where given, and token ids."""
+        if isinstance(prompts, str) or (len(prompts) > 0 and isinstance(prompts[0], int)):
+            prompts = [cast(Prompt, prompts)]
+        texts: list[str | None] = []
+        ids: list[list[int]] = []
+        for prompt in prompts:
+            if isinstance(prompt, str):
+                if self._codec is None:
+                    raise InputError("a text prompt needs a tokenizer; pass one to LLM, or pass token ids")
+                texts.append(prompt)
+                ids.append(self._codec.encode(prompt))
+            else:
+                texts.append(None)
+                ids.append([t.item() if hasattr(t, "item") else t for t in prompt])  # type: ignore[union-attr]
+        return texts, ids
+
+    def _groups(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None,
+        priority: Sequence[int] | None,
+        cache_salt: str | None,
+    ) -> list[SequenceGroup]:
+        """One group for each prompt, all of them checked."""
+        texts, ids = self._encode(prompts)
+        params = sampling_params or SamplingParams()
+        many = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
+        if len(many) != len(ids):
+            raise InputError(f"{len(ids)} prompts but {len(many)} sampling parameters")
+        if priority is not None and len(priority) != len(ids):
+            raise InputError(f"{len(ids)} prompts but {len(priority)} priorities")
+        if any(p.stop for p in many) and self._codec is None:
+            raise InputError("stop strings need a tokenizer; use stop_token_ids, or pass a tokenizer to LLM")
+        if not ids:
+            return []
+        core = self._engine_core()
+        if self._constraints is None:
+            self._constraints = ConstraintCompiler(core.vocab_size, core.eos_token_ids, self._codec)
+        compiled = {id(p): self._constraints.compile(p) for p in many}
+        ranks = priority or [0] * len(ids)
+        return [
+            SequenceGroup(
+                core,
+                Job(
+                    prompt,
+                    param,
+                    text,
+                    self._codec,
+                    compiled[id(param)],
+                    priority=rank,
+                    cache_salt=cache_salt,
+                ),
+            )
+            for text, prompt, param, rank in zip(texts, ids, many, ranks, strict=True)
+        ]
+
+    def _engine_core(self, fresh: bool = True) -> EngineCore:
+        """The engine; `fresh` looks whether the weights have changed."""
+        if self._engine is not None:
+            return self._engine.core(fresh)
+        if self._core is None:
+            info = self._program_info
+            self._core = EngineCore(info.program, info, self.options, self.max_model_len)
+        return self._core
+
+
+__all__ = ["LLM", "BeamSearchOutput", "CompletionOutput", "Prompt", "RequestOutput", "StreamChunk"]

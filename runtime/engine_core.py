@@ -69,6 +69,7 @@ class EngineCore:
         self.cache = program.new_cache(num_blocks_for(program, options, max_model_len))
         self.scheduler = Scheduler(self.cache.pool, config, _fingerprint(program.caches))
         self._builder = BatchBuilder(config.max_num_seqs, program.block_size, min(filter(None, windows), default=0))
+        self.eos_token_ids = info.eos_token_ids
         self._sampler = Sampler(info.vocab_size, info.eos_token_ids)
         self._ids = map(str, itertools.count())
         self._lock = threading.RLock()

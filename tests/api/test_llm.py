@@ -9,7 +9,7 @@ import torch
 from models.target import FOLDER, PROMPT, target_llm
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmopt import LLM, RequestOutput, SamplingParams, StructuredOutputsParams
+from llmopt import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams
 from llmopt.errors import InputError, OptionError
 from llmopt.llm import StreamChunk
 from llmopt.runtime.text import REPLACEMENT
@@ -148,3 +148,43 @@ def test_structured_outputs_bad_words_and_no_text() -> None:
 def test_parameters_that_cannot_be_served() -> None:
     with pytest.raises(OptionError, match=r"regex.*unclosed group"):
         target_llm().generate(PROMPT, GREEDY.replace(structured_outputs=StructuredOutputsParams(regex="(")))
+
+
+@pytest.mark.parametrize("width", [1, 3])
+def test_beams_are_those_of_transformers(width: int) -> None:
+    model = AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+    tokenizer = AutoTokenizer.from_pretrained(FOLDER)
+    ids = tokenizer(PROMPT, return_tensors="pt")
+    count = ids["input_ids"].shape[1]
+    expected = model.generate(**ids, max_new_tokens=20, do_sample=False, num_beams=width, num_return_sequences=width)
+    (output,) = target_llm().beam_search(PROMPT, BeamSearchParams(beam_width=width, max_tokens=20))
+    pad = model.generation_config.pad_token_id
+    rows = [[t for t in row[count:].tolist() if t != pad] for row in expected]
+    assert [list(s.token_ids) for s in output.sequences] == rows
+    with pytest.raises(InputError, match="max_model_len"):
+        target_llm().beam_search(PROMPT, BeamSearchParams(beam_width=2, max_tokens=5000))
+
+
+def test_chat() -> None:
+    llm = target_llm()
+    template = (
+        "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}"
+        "{% if add_generation_prompt %}# answer:{% endif %}"
+    )
+    talk = [{"role": "user", "content": "write a queue"}, {"role": "user", "content": "now"}]
+    (output,) = llm.chat(talk, GREEDY, chat_template=template)
+    assert llm._codec is not None
+    prompt = llm._codec.encode("# user: write a queue\n# user: now\n# answer:", False)
+    assert list(output.prompt_token_ids) == prompt
+    assert output.outputs == llm.generate([prompt], GREEDY)[0].outputs
+    assert len(llm.chat([talk, talk[:1]], GREEDY, chat_template=template)) == 2
+    with pytest.raises(InputError, match="no chat template"):
+        llm.chat(talk, GREEDY)
+    with pytest.raises(InputError, match="failed"):
+        llm.chat(talk, GREEDY, chat_template="{{ messages.append(1) }}")
+    with pytest.raises(InputError, match="failed"):
+        llm.chat(talk, GREEDY, chat_template="{{ ''.__class__.__mro__ }}{{ ''.__class__.__mro__[1].__subclasses__() }}")
+    with pytest.raises(InputError, match="odd"):
+        llm.chat(talk, GREEDY, chat_template="{{ raise_exception('odd roles') }}")
+    with pytest.raises(InputError, match="a role"):
+        llm.chat([{"content": "x"}], GREEDY, chat_template=template)

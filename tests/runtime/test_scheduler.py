@@ -120,7 +120,7 @@ def test_the_queue_is_bounded() -> None:
         (0, 1, "the prompt is empty"),
         (64, 1, "the prompt has 64 tokens; the longest sequence is 64"),
         (30, 20, r"50 tokens do not fit into the KV cache of 48; raise kv_cache_memory_bytes or lower max_tokens"),
-        (30, 1 << 30, r"64 tokens do not fit"),
+        (30, 1 << 24, r"64 tokens do not fit"),
     ],
 )
 def test_what_can_never_be_served_is_refused(prompt: int, max_tokens: int, message: str) -> None:
