@@ -219,7 +219,7 @@ def test_bad_options_name_option_value_and_what_is_allowed() -> None:
     generate = ("generate", TARGET, "x")
     check_one_line(run(*generate, "--dtype", "int3", status=2), "'dtype'", "'int3'", "'bfloat16'")
     check_one_line(run(*generate, "--top-p", "1.5", status=2), "'top_p'", "1.5", "to 1")
-    check_one_line(run(*generate, "--max-tokens", "0", status=2), "'max_tokens'", "0", "1 or more")
+    check_one_line(run(*generate, "--max-tokens", "0", status=2), "'max_tokens'", "0", "from 1 to")
     check_one_line(run(*generate, "--threads", "-1", status=2), "'threads'", "-1", "0 to 1024")
     check_one_line(run(*generate, "--block-size", "0", status=2), "'block_size'", "1 to 1024")
     check_one_line(run("explain", TARGET, "--dtype", "int3", status=2), "'dtype'", "'int3'")

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._dynamo.config
 import torch.nn.functional as F
 from graphs.rewriting import must_not_fire, ops_when_disabled, rewrite
 from torch import Tensor
@@ -78,3 +79,15 @@ def test_disabled() -> None:
 )
 def test_near_misses(function: Callable[..., Any], x: Tensor, reason: str) -> None:
     must_not_fire(RaiseConvolution(), reason, function, x)
+
+
+def test_padding_leaves_the_length_symbolic() -> None:
+    """A length that became a number would compile anew for every other one."""
+    model = torch.nn.Conv1d(4, 4, 3, padding=2)
+    compiled = torch.compile(model, backend="llmopt", dynamic=True)
+    with torch.no_grad():
+        compiled(torch.randn(2, 4, 17))
+        with torch._dynamo.config.patch(error_on_recompile=True):
+            for length in (9, 33):
+                x = torch.randn(3, 4, length)
+                torch.testing.assert_close(compiled(x), model(x))

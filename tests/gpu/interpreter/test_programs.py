@@ -53,6 +53,8 @@ def test_chunked_prefill_and_padded_decode_equal_eager() -> None:
     program = step_program(model)
     assert isinstance(program.executable, CudaExecutable)
     cache = program.new_cache(12)
+    for memory in cache.tensors:
+        memory.zero_()
     rows = [torch.randint(0, VOCABULARY, (n,)).tolist() for n in (7, 3, 10)]
     blocks = [cache.allocate(len(row) + 1) for row in rows]
     expected = [model(torch.tensor([row]))[0].detach() for row in rows]
