@@ -8,8 +8,10 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
 PYTHON ?=
 PYTEST_ARGS ?=
-# Most of a test is Dynamo tracing on one core: files run side by side.
+# Most of a test is Dynamo tracing on one core: files run side by side, each on one OpenMP thread unless a test asks for
+# more. Two teams of threads that wait for one another on two cores would take twice as long.
 WORKERS ?= 2
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(WORKERS) --dist loadfile
 BENCH_ARGS ?=
 GPU_ARGS ?=
 
@@ -45,10 +47,10 @@ $(STAMP): pyproject.toml | $(BIN)/python
 setup: $(STAMP) ## make .venv and install everything into it
 
 test: lint typecheck ## ruff, mypy and the tests (what CI runs)
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile -m "not slow" $(PYTEST_ARGS)
+	$(PYTEST) -m "not slow" $(PYTEST_ARGS)
 
 test-all: lint typecheck ## the same with the long sweeps
-	$(BIN)/python -m pytest -n $(WORKERS) --dist loadfile $(PYTEST_ARGS)
+	$(PYTEST) $(PYTEST_ARGS)
 
 test-gpu: $(STAMP) ## kernels and whole models on an NVIDIA GPU (needs a PyTorch with CUDA)
 	$(BIN)/python -m pytest -m gpu -rs $(PYTEST_ARGS) tests/gpu

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Sequence
 from typing import Any
 
@@ -19,7 +20,8 @@ def make(num_blocks: int = 64, **changes: Any) -> Scheduler:
 
 
 def request(name: str, prompt: Sequence[int] | int, max_tokens: int = 5, **fields: Any) -> Request:
-    tokens = list(prompt) if not isinstance(prompt, int) else [hash(name) % 1000 + i for i in range(prompt)]
+    begin = zlib.crc32(name.encode()) % 100_000  # not hash(), which is another one in each process
+    tokens = list(prompt) if not isinstance(prompt, int) else [begin + i for i in range(prompt)]
     return Request(name, tokens, len(tokens), SamplingParams(temperature=0.0, max_tokens=max_tokens), **fields)
 
 
