@@ -309,7 +309,7 @@ def test_a_number_read_from_a_tensor() -> None:
 
 # Covered by test_loops_reductions.py, _views.py and _gathers.py, or by another test of this file.
 ELSEWHERE = {"matmul", "bmm", "mm", "arange", "scalar_tensor", "full", "zeros", "ones", "zeros_like", "ones_like"}
-ELSEWHERE |= {"roll", *(str(target).split(".")[1] for target in SOURCES)} | {
+ELSEWHERE |= {"roll", "scatter", *(str(target).split(".")[1] for target in SOURCES)} | {
     str(target).split(".")[1] for target in REDUCTIONS
 }
 
