@@ -13,7 +13,7 @@ constexpr float kMinusInfinity = -std::numeric_limits<float>::infinity();
 // e^x for x <= 0, one step of scaling instead of two: below the normal numbers it is exactly zero.
 template <class V>
 LLMOPT_INLINE V exp_nonpositive(V x) {
-  using I = typename lanes_of<V>::i;
+  using U = typename lanes_of<V>::u;
   const V big = V{} + 12582912.0f;
   const V y = x < -88.0f ? V{} - 88.0f : x;  // rounds to 2^-127, whose exponent field is zero; NaN stays NaN
   const V shifted = y * 1.44269504088896341f + big;
@@ -26,7 +26,7 @@ LLMOPT_INLINE V exp_nonpositive(V x) {
   p = p * r + 1.6666665459e-1f;
   p = p * r + 5.0000001201e-1f;
   p = p * r * r + r + 1.0f;
-  return p * bit_cast<V>((bit_cast<I>(shifted) - 0x4b400000 + 127) << 23);
+  return p * bit_cast<V>((bit_cast<U>(shifted) - 0x4b400000u + 127u) << 23);
 }
 
 // The point from which scores are measured: the maximum, or zero where nothing has been seen.

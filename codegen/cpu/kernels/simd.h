@@ -239,6 +239,7 @@ LLMOPT_INLINE To bit_cast(From from) {
 template <class V>
 LLMOPT_INLINE V exp(V x) {
   using I = typename lanes_of<V>::i;
+  using U = typename lanes_of<V>::u;
   const V big = V{} + 12582912.0f;  // 1.5 * 2^23: adding it rounds to an integer
   V y = x < -104.0f ? V{} - 104.0f : x;
   y = y > 89.0f ? V{} + 89.0f : y;
@@ -255,8 +256,8 @@ LLMOPT_INLINE V exp(V x) {
   // Two steps of half the exponent each, so that results near the ends of the range neither wrap nor vanish early.
   const I whole = bit_cast<I>(shifted) - 0x4b400000;
   const I half = whole >> 1;
-  const V first = bit_cast<V>((half + 127) << 23);
-  const V second = bit_cast<V>((whole - half + 127) << 23);
+  const V first = bit_cast<V>(bit_cast<U>(I(half + 127)) << 23);  // unsigned: of NaN any bits may come here
+  const V second = bit_cast<V>(bit_cast<U>(I(whole - half + 127)) << 23);
   return p * first * second;  // overflows to infinity and underflows to zero at the clamped ends
 }
 
