@@ -75,7 +75,7 @@ def test_kernels_of_gathers_are_written_and_read() -> None:
 
 SCATTERS: dict[str, Callable[..., Any]] = {
     "value": lambda x, i: x.scatter(-1, i, 2.5),
-    "zeros": lambda x, i: torch.zeros_like(x).scatter_(-1, i, 1.0).bool().logical_not() * x,
+    "zeros": lambda x, i: torch.zeros_like(x).scatter(-1, i, 1.0).bool().logical_not() * x,
     "source": lambda x, i: x.scatter(-1, i, (x + 100)[..., :4]),
     "middle": lambda x, i: x.scatter(1, (i % 7)[:, :3, :1].expand(-1, -1, 12), 3.0),
     "larger source": lambda x, i: x.scatter(-1, i[..., :2], x * 2),
