@@ -275,8 +275,8 @@ def config_of(name: str) -> PreTrainedConfig:
 def randomise(model: nn.Module, seed: int = 0) -> None:
     """Seeded weights on which the logits depend: none is neutral.
 
-    Matrices keep the spread of their inputs, constant vectors (norms, biases) get noise, and parameters with an
-    initialisation of their own (decays, time steps) keep it.
+    Matrices keep the spread of their inputs, constant vectors (norms, biases) get noise of their size, and parameters
+    with an initialisation of their own (decays, time steps) keep it.
     """
     generator = torch.Generator().manual_seed(seed)
 
@@ -292,7 +292,8 @@ def randomise(model: nn.Module, seed: int = 0) -> None:
         if id(parameter) in embeddings:
             parameter.copy_(0.5 * noise(parameter))
         elif constant and finite:
-            parameter.add_(0.2 * noise(parameter))
+            level = abs(float(parameter.flatten()[0])) if parameter.numel() else 1.0
+            parameter.add_(0.2 * (level or 1.0) * noise(parameter))
         elif id(parameter) in drawn or "expert" in name or not finite:
             inputs = parameter.shape[0] if id(parameter) in transposed else math.prod(parameter.shape[1:])
             inputs = parameter.shape[-1] if parameter.ndim == 3 and "expert" in name else inputs

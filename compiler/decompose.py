@@ -6,6 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
+from torch._dispatch.python import enable_python_dispatcher
 from torch.fx import map_arg
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.node import Node
@@ -29,7 +30,8 @@ def expand_op(rewriter: Rewriter, node: Node, function: Callable[..., Any] | Non
         args, kwargs = map_arg((node.args, node.kwargs), given.__getitem__)
         return function(*args, **kwargs)
 
-    with rewriter.mode, torch.no_grad():
+    # Without the Python dispatcher, ops that PyTorch composes in C++ would fix symbolic sizes at their present values.
+    with rewriter.mode, torch.no_grad(), enable_python_dispatcher():
         values = [n.meta["val"] for n in operands]
         traced = make_fx(run)(*values).graph
         if any(map(_writes, traced.nodes)):

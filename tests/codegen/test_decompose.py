@@ -9,10 +9,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from graphs.capturing import catch
+from graphs.rewriting import input_sizes
 
 from llmopt.backend import REPORT
 from llmopt.codegen.decompose import decompose
-from llmopt.compiler.graph import graph_text
+from llmopt.compiler.decompose import expand_op
+from llmopt.compiler.graph import Rewriter, aten, graph_text, nodes_of
 
 PARTS: dict[str, Callable[[torch.Tensor], Any]] = {
     "composite": lambda x: torch.take_along_dim(x, x.abs().to(torch.int64) % 3, 1),
@@ -55,3 +57,14 @@ def test_values_stay_equal() -> None:
     expected = caught.run()
     decompose(caught.graph)
     torch.testing.assert_close(caught.run(), expected)
+
+
+def test_symbolic_sizes_stay_symbolic() -> None:
+    """PyTorch composes padding in C++, which asks for numbers."""
+    caught = catch(lambda x: x * 2, torch.randn(4, 6), marked=[(0, 0), (0, 1)])
+    sizes = input_sizes(caught.graph)
+    (node,) = nodes_of(caught.graph, aten.mul.Tensor)
+    rewriter = Rewriter(caught.graph)
+    with rewriter.before(node):
+        padded = expand_op(rewriter, node, lambda x, factor: torch.constant_pad_nd(x, [3, 0]) * factor)
+    assert padded is not None and input_sizes(caught.graph) == sizes

@@ -12,7 +12,7 @@ from expecttest import assert_expected_inline
 from graphs.capturing import Caught, Function, catch
 from torch import fx
 
-from llmopt.compiler.graph import graph_text
+from llmopt.compiler.graph import graph_text, is_tensor, placeholders, tensor, to_expr
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport, copy_graph, run_pipeline
 from llmopt.compiler.verify import Level, check_graph, compare_graphs, sample_inputs
@@ -59,11 +59,18 @@ def run_alone(item: Pass, graph: fx.Graph) -> PassReport:
     return item.run(graph, PassContext(options))
 
 
+def input_sizes(graph: fx.Graph) -> list[Any]:
+    """The sizes of the inputs, as expressions; a symbol that was fixed meanwhile is its number."""
+    return [list(map(to_expr, tensor(n).shape)) for n in placeholders(graph) if is_tensor(n)]
+
+
 def rewrite(item: Pass, function: Function, *args: Any, **how: Any) -> Rewritten:
     """Runs one pass; checks that results stay equal on fresh inputs, and that a second run finds nothing."""
     caught = prepared(item, function, *args, **how)
     before = copy_graph(caught.graph)
+    sizes = input_sizes(caught.graph)
     report = run_alone(item, caught.graph)
+    assert input_sizes(caught.graph) == sizes, "a pass fixes no size at its present value"
     caught.graph.lint()
     check_graph(caught.graph, Level.CAPTURED if item.produces is None else item.produces, item.name)
     for seed in (1, 2):

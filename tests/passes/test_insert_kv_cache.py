@@ -132,7 +132,7 @@ REFUSED: dict[str, tuple[Extra, str, str]] = {
     "shifted slice": (lambda m, x, p: x + torch.cat([x[:, :1], x[:, :-1]], 1), "slice", ""),
     "sorted tokens": (lambda m, x, p: x.sort(1)[0], "sort", "mixes rows"),
     "norm over tokens": (lambda m, x, p: x / x.norm(dim=1, keepdim=True), "norm", ""),
-    "convolution over time": (_conv, "slice", "mixes rows"),
+    "convolution over time": (_conv, "pad", ""),
     "linear attention": (_outside, "batched_linear", "pairs of positions"),
     "length": (lambda m, x, p: x * (1 / x.shape[1]), "mul", "mixes rows"),
     "length in a power": (lambda m, x, p: x * x.shape[1] ** 0.5, "mul", "mixes rows"),
