@@ -104,13 +104,9 @@ class FlopCount(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        name = str(func._overloadpacket)
-        if name.startswith("llmopt."):
-            self.own[name] += 1
-            with self:  # what its reference computes on ATen counts
-                return OPS[name.removeprefix("llmopt.")].reference(*args, **kwargs)
         result = func(*args, **kwargs)
         packet = func._overloadpacket
+        name = str(packet)
         if name in _FORMULAS:
             self.flops[name] += _FORMULAS[name](*args, **kwargs)
         elif packet in flop_registry and "conv" not in name:

@@ -113,9 +113,7 @@ def _linear(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _taps(x: Tensor, size: int, what: _Convolution) -> list[Tensor]:
     """`x[..., L]`, padded, at each place of a kernel of `size` entries: `[..., number of windows]` each."""
     (stride,), (padding,), (dilation,) = what.stride, what.padding, what.dilation
-    # Not constant_pad_nd, whose sizes PyTorch works out as numbers: the length would become a constant.
-    zeros = x.new_zeros((*x.shape[:-1], padding))
-    padded = torch.cat([zeros, x, zeros], -1) if padding else x
+    padded = torch.constant_pad_nd(x, [padding, padding]) if padding else x
     count = (padded.shape[-1] - dilation * (size - 1) - 1) // stride + 1
     return [padded[..., tap * dilation :][..., : stride * (count - 1) + 1 : stride] for tap in range(size)]
 
