@@ -91,7 +91,7 @@ class SamplingParams:
     """How a request is continued; names and defaults as in vLLM, `typical_p` as in transformers.
 
     n, best_of: how many continuations are returned, of how many that are generated (None: as many); the best have the
-        highest mean log probability.
+        highest sum of log probabilities.
     presence_penalty, frequency_penalty: subtracted from the logits of tokens that were generated before, once, and
         once for each time. As in OpenAI's API.
     repetition_penalty: divides positive and multiplies negative logits of tokens of prompt and output (Keskar et al.,
