@@ -206,6 +206,19 @@ class _SweepPrinter:
         # A sweep without inner loops that adds to accumulators adds its one position.
         self.walks = bool(sweep.sizes) or bool(sweep.accumulates)
         self.varies = self._varying()
+        self.moved = self._moved()
+
+    def _moved(self) -> set[int]:
+        """Loads that are only stored in the type that they have: moved bit for bit, NaN payloads too."""
+        values, kinds = self.sweep.values, self.kernel.buffers
+        used = {a for value in values for a in arguments(value)} | {a.value for a in self.sweep.accumulates}
+        found = set()
+        for number, value in enumerate(values):
+            if isinstance(value, Load) and number not in used and value.dtype != "bool":
+                targets = {kinds[store.buffer] for store in self.sweep.stores if store.value == number}
+                if targets == {kinds[value.buffer]}:
+                    found.add(number)
+        return found
 
     def _varying(self) -> list[bool]:
         """For each value whether it changes along the sweep: then it is a tile, else a column."""
@@ -245,15 +258,11 @@ class _SweepPrinter:
         for store in self.sweep.stores:
             kind = _TYPES[self.kernel.buffers[store.buffer]]
             text = f"v{store.value}"
-            if kind == "tl.int1":
-                text += ".to(tl.int8)"
+            if store.value not in self.moved:
+                text += ".to(tl.int8)" if kind == "tl.int1" else f".to({kind})"
             pointer = f"b{store.buffer} + (zx + {to_triton(store.index)} + {shape})"
-            lines.append(f"tl.store({pointer}, {self._narrow(text, kind)}, mask={mask})")
+            lines.append(f"tl.store({pointer}, {text}, mask={mask})")
         return lines
-
-    @staticmethod
-    def _narrow(text: str, kind: str) -> str:
-        return text if kind == "tl.int1" else f"{text}.to({kind})"
 
     def _accumulate(self, local: int, value: int) -> str:
         accumulator = self.nest.accumulators[local]
@@ -301,6 +310,8 @@ class _SweepPrinter:
         text = f"tl.load({pointer}, mask={mask}{guard}, other=0)"
         if value.dtype == "bool":
             return [f"{name} = {text} != 0"]
+        if number in self.moved:
+            return [f"{name} = {text}"]
         return [f"{name} = {text}.to({_TYPES[value.dtype]})"]
 
     def _call(self, value: Call) -> str:

@@ -12,19 +12,19 @@ LOG2E = tl.constexpr(1.4426950408889634)
 
 
 @triton.jit
-def tanh(x):
-    """Odd series near zero, where the quotient of exponentials would lose its leading digits."""
-    x2 = x * x
-    series = x * (1.0 + x2 * (-1.0 / 3 + x2 * (2.0 / 15 + x2 * (-17.0 / 315 + x2 * (62.0 / 2835)))))
-    e = tl.exp(-2.0 * tl.abs(x))
-    far = (1.0 - e) / (1.0 + e)
-    return tl.where(x2 < 0.04, series, tl.where(x < 0.0, -far, far))
+def expm1(x):
+    """Taylor's series near zero, where the difference would lose its leading digits; exact enough for float64."""
+    series = x * 0.0 + 1.0
+    for n in tl.static_range(12):
+        series = 1.0 + series * x / (13 - n)
+    return tl.where(tl.abs(x) < 0.25, x * series, tl.exp(x) - 1.0)
 
 
 @triton.jit
-def expm1(x):
-    series = x * (1.0 + x / 2 * (1.0 + x / 3 * (1.0 + x / 4 * (1.0 + x / 5 * (1.0 + x / 6 * (1.0 + x / 7))))))
-    return tl.where(tl.abs(x) < 0.25, series, tl.exp(x) - 1.0)
+def tanh(x):
+    t = expm1(-2.0 * tl.abs(x))
+    far = -t / (t + 2.0)
+    return tl.where(x < 0.0, -far, far)
 
 
 @triton.jit
@@ -75,7 +75,7 @@ def gelu_tanh(x):
 
 @triton.jit
 def relu(x):
-    return tl.where(x < 0, x * 0, x)
+    return tl.where(x < 0, 0, x).to(x.dtype)
 
 
 @triton.jit
