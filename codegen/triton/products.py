@@ -1,4 +1,4 @@
-"""Launches of `linear` and `batched_linear`."""
+"""Launches of `linear`, `batched_linear` and `grouped_linear`."""
 
 from __future__ import annotations
 
@@ -111,4 +111,15 @@ def _batched(call: Call) -> list[Launch]:
     return [Launch("linear.batched", grid, args, tile, stages=3)]
 
 
-LINEAR, BATCHED = _linear, _batched
+def _grouped(call: Call) -> list[Launch]:
+    rows, k, n, groups, x_stride, out_stride = call.ints
+    x, w, ends, out = call.tensors
+    # A tile should hold about as many rows as a group has.
+    bm = max(16, min(64, power(ceil_div(rows, groups))))
+    tile = {"BM": bm, "BN": 64, "BK": 32, "PRECISION": precision(x)}
+    grid = (rows // bm + groups + 1 if rows else 0, ceil_div(n, 64))
+    args = (x, w, ends, out, call.status, rows, n, k, groups, x_stride, out_stride)
+    return [Launch("linear.grouped", grid, args, tile, stages=3)]
+
+
+LINEAR, BATCHED, GROUPED = _linear, _batched, _grouped

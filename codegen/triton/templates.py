@@ -22,7 +22,7 @@ from llmopt.codegen.triton.attention import CONTIGUOUS, MAX_HEAD_SIZE, PAGED, pa
 from llmopt.codegen.triton.calls import ACTIVATIONS, Call, ceil_div, power
 from llmopt.codegen.triton.launch import Device, Launch
 from llmopt.codegen.triton.moe import MOE, moe_workspace
-from llmopt.codegen.triton.products import BATCHED, LINEAR, linear_workspace
+from llmopt.codegen.triton.products import BATCHED, GROUPED, LINEAR, linear_workspace
 
 MAX_COLUMNS = 32768  # of a norm's row, which one program holds whole
 MAX_TOPK = 16384  # likewise
@@ -182,6 +182,7 @@ class Template:
 TEMPLATES: dict[str, Template] = {
     "linear": Template("linear", (_FLOAT_TOKENS,), LINEAR, replan=_workspace(linear_workspace)),
     "batched_linear": Template("linear", (_FLOAT_TOKENS,), BATCHED),
+    "grouped_linear": Template("linear", (_FLOAT_TOKENS, _INT_TOKENS), GROUPED),
     "moe": Template("moe", (_FLOAT_TOKENS, _FLOAT_TOKENS, _ACTS), MOE, replan=_workspace(moe_workspace)),
     "attention": Template("attention", (_FLOAT_TOKENS,), PAGED, _heads(3, 4), _workspace(paged_workspace)),
     "attention_contiguous": Template("attention", (_FLOAT_TOKENS, _FLOAT_TOKENS | {"bool"}), CONTIGUOUS, _heads(5, 6)),

@@ -20,6 +20,15 @@ CUDA = torch.device("cuda", 0)
 FakeTensor.__invert__ = lambda self: torch.bitwise_not(self)  # type: ignore[assignment, method-assign]
 
 
+# KV formats that the GPU kernels refuse, with a reason.
+QUANTIZED = {"int8", "fp8", "int4"}
+
+
+def is_refused(sample: Sequence[Any]) -> bool:
+    """Whether an op's sample asks for what no GPU kernel computes yet."""
+    return any(item in QUANTIZED for item in sample if isinstance(item, str))
+
+
 def to_cuda(graph: fx.Graph) -> fx.Graph:
     """The graph as it is captured from a model on a GPU: all its values are fake CUDA tensors."""
     mode = fake_mode(graph)

@@ -1,4 +1,4 @@
-"""Products with weights: `linear` over up to three weight segments, and `batched_linear`.
+"""Products with weights: `linear` over up to three weight segments, `batched_linear` and `grouped_linear`.
 
 linear: x[rows, K] times the segments' weights[N_i, K] transposed, plus bias. Few rows are streamed by `gemv` on the
 CUDA cores, more go through `gemm` on the tensor cores. With SPLITS > 1 each program takes a part of K and leaves
@@ -182,3 +182,47 @@ def batched(
         acc = dot(xt, wt, acc, PRECISION)
     target = out + (a * o0 + b * o1 + c * o2) + row.to(tl.int64)[:, None] * out_row + col[None, :]
     tl.store(target, acc.to(out.dtype.element_ty), mask=(row < M)[:, None] & (col < N)[None, :])
+
+
+@triton.jit(do_not_specialize=["rows"])
+def grouped(
+    x, w, ends, out, status, rows, N, K, groups, x_stride, out_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Each group of rows, up to its one of `ends[groups]`, times its own matrix of `w[groups, N, K]` transposed.
+
+    Group e owns the row tiles from `begin // BM + e` on, and what is behind the last end, which becomes zero, counts as
+    one more group: at most `rows // BM + groups + 1` tiles, whatever the ends are. Grid: (row tiles, column tiles).
+    """
+    tile = tl.program_id(0)
+    low = tile * 0
+    high = groups + 1 + tile * 0
+    while low < high:
+        middle = (low + high) // 2
+        start = tl.load(ends + tl.maximum(middle - 1, 0)).to(tl.int32)
+        start = tl.where(middle == 0, 0, start)
+        if start // BM + middle <= tile:
+            low = middle + 1
+        else:
+            high = middle
+    group = low - 1
+    begin = tl.where(group == 0, 0, tl.load(ends + tl.maximum(group - 1, 0)).to(tl.int32))
+    end = tl.where(group == groups, rows, tl.load(ends + tl.minimum(group, groups - 1)).to(tl.int32))
+    if end < begin:
+        tl.store(status, 1)
+    if (begin < 0) | (end > rows):
+        tl.store(status, 1)
+    row = begin + (tile - (begin // BM + group)) * BM + tl.arange(0, BM)
+    col = tl.program_id(1) * BN + tl.arange(0, BN)
+    ok = (row >= 0) & (row < tl.minimum(end, rows))
+    acc = tl.zeros([BM, BN], tl.float32)
+    inputs = x + row.to(tl.int64)[:, None] * x_stride
+    weights = w + (group.to(tl.int64) * N + col)[None, :] * K
+    depth = tl.where(group == groups, 0, K)
+    for k in range(0, depth, BK):
+        at = k + tl.arange(0, BK)
+        xt = tl.load(inputs + at[None, :], mask=ok[:, None] & (at < K)[None, :], other=0.0)
+        wt = tl.load(weights + at[:, None], mask=(col < N)[None, :] & (at < K)[:, None], other=0.0)
+        acc = dot(xt, wt, acc, PRECISION)
+    target = out + row.to(tl.int64)[:, None] * out_stride + col[None, :]
+    tl.store(target, acc.to(out.dtype.element_ty), mask=ok[:, None] & (col < N)[None, :])

@@ -6,16 +6,14 @@ import copy
 
 import pytest
 import torch
-from gpu.devices import interpreted, lower_for_cuda
+from gpu.devices import interpreted, is_refused, lower_for_cuda
 from graphs.one_op import one_op_graph
 
 from llmopt.compiler import vocabulary  # noqa: F401  (declares the ops)
 from llmopt.compiler.opspec import OPS
 
-# All but `constant`, which is computed when weights are bound, and what has no GPU kernel yet.
-KERNELS = [name for name in OPS if name not in ("constant", "grouped_linear")]
-# KV formats that the GPU kernels refuse, with a reason.
-QUANTIZED = {"int8", "fp8", "int4"}
+# All but `constant`, which is computed when weights are bound.
+KERNELS = [name for name in OPS if name != "constant"]
 DTYPES = [torch.float32, torch.bfloat16]
 
 
@@ -28,7 +26,7 @@ def test_samples(name: str, dtype: torch.dtype) -> None:
         expected = spec.reference(*expected_arguments)
         graph, tensors = one_op_graph(spec, sample)
         lowered = lower_for_cuda(graph)
-        if QUANTIZED & {item for item in sample if isinstance(item, str)}:
+        if is_refused(sample):
             assert "does not take" in lowered.program.fallbacks[0].reason
             continue
         assert not lowered.program.fallbacks, lowered.program.fallbacks[0].reason
