@@ -299,6 +299,11 @@ def _per_head(values: Node | None) -> bool:
     return values is None or (tensor(values).dtype == torch.float32 and layout(values).is_contiguous)
 
 
+def _fit_heads(*sizes: Expr) -> bool:
+    """Whether the attention kernels have room for heads of these sizes."""
+    return all(size.is_Integer and size <= MAX_HEAD_SIZE for size in sizes)
+
+
 def plan_paged_attention(node: Node) -> Plan:
     """llmopt::paged_attention: the cache is written, then read."""
     q, k, v, k_cache, v_cache, slots, tables, starts, lengths, scale, softcap, window, slopes, sinks = node.args[:14]
@@ -317,8 +322,8 @@ def plan_paged_attention(node: Node) -> Plan:
     (tokens, *q_strides), (_, *k_strides), (_, *v_strides), (_, *out_strides) = places
     blocks, groups, block_size = (to_expr(s) for s in tensor(k_cache).shape[:3])
     size, value_size, heads = (to_expr(s) for s in (tensor(k).shape[-1], tensor(v).shape[-1], tensor(q).shape[-2]))
-    if size > MAX_HEAD_SIZE or value_size > MAX_HEAD_SIZE:
-        return f"heads larger than {MAX_HEAD_SIZE}"
+    if not _fit_heads(size, value_size):
+        return f"heads of symbolic size, or larger than {MAX_HEAD_SIZE}"
     sequences, width = (to_expr(s) for s in tensor(tables).shape)
     arguments = (dtype,) if kv_dtype == "auto" else (dtype, KV_FORMATS[kv_dtype])
     write = PlannedCall(
@@ -364,8 +369,8 @@ def plan_attention(node: Node) -> Plan:
         mask_strides = [sympy.Integer(0)] * (4 - len(mask_strides)) + mask_strides
     batch, length, heads, size = layouts[0].sizes
     keys, groups, value_size = layouts[1].sizes[1], layouts[1].sizes[2], layouts[2].sizes[3]
-    if size > MAX_HEAD_SIZE or value_size > MAX_HEAD_SIZE:
-        return f"heads larger than {MAX_HEAD_SIZE}"
+    if not _fit_heads(size, value_size):
+        return f"heads of symbolic size, or larger than {MAX_HEAD_SIZE}"
     strides = [s for t in layouts for s in t.strides[:3]]
     ints = (batch, length, keys, heads, groups, size, value_size, *strides, *mask_strides, int(causal), 0, window)
     kernel = KernelSpec("attention_contiguous", (dtype, mask_dtype))

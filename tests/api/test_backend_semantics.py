@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 import llmopt
+from llmopt.backend import REPORT
 from llmopt.errors import BackwardError, OptionError, UnsupportedError
 
 
@@ -70,6 +71,22 @@ def test_a_strided_input_is_written_in_place() -> None:
     whole, expected = torch.ones(6, 4).t(), torch.ones(6, 4).t()
     torch.testing.assert_close(run(whole), write(expected))
     torch.testing.assert_close(whole, expected)
+
+
+@torch.no_grad()
+def test_attention_over_heads_of_symbolic_size() -> None:
+    """It runs, on ATen, and the report says why."""
+
+    def attend(q: Tensor) -> Tensor:
+        return torch.nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True, scale=0.25)
+
+    torch._dynamo.reset()
+    run = compiled(attend, fallback="warn")
+    for size in (12, 20):
+        q = torch.randn(2, 3, 7, size)
+        torch.testing.assert_close(run(q), attend(q))
+    reasons = {item.reason for graph in REPORT.graphs for item in graph.fallbacks}
+    assert all("heads of symbolic size" in reason for reason in reasons) and len(reasons) == 1
 
 
 @torch.no_grad()
