@@ -83,7 +83,7 @@ class CudaExecutable(Executable):
         if before != [w.data_ptr() for w in self.weights]:
             self.weights_version += 1
 
-    def __call__(self, arguments: Sequence[Any]) -> list[Any]:
+    def __call__(self, arguments: Sequence[Any], *, lend: bool = False) -> list[Any]:
         """Runs the program on its arguments, on the current stream.
 
         Raises KernelError when a kernel met an index out of range, such as a token id outside the table. While a CUDA
@@ -91,7 +91,7 @@ class CudaExecutable(Executable):
         """
         # Triton launches on the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
-            results = super().__call__(arguments)
+            results = super().__call__(arguments, lend=lend)
             if not self._capturing():
                 self.check()
         return results

@@ -246,7 +246,8 @@ class EngineCore:
         return changed
 
     def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
-        return self.program(self._builder.build(chunks), self.cache)
+        # Tokens are chosen from the logits before the next step.
+        return self.program(self._builder.build(chunks), self.cache, lend=True)
 
     def _alone(self, chunk: Chunk) -> int | Exception | None:
         try:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import itertools
 import time
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from llmopt.codegen.cpu.toolchain import build_library
 from llmopt.codegen.index import Index, add, evaluate, to_postfix
 from llmopt.codegen.loops.print_cpp import print_kernel
 from llmopt.codegen.loops.print_triton import print_triton
-from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, Value, View
+from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, View
 from llmopt.codegen.triton.templates import template_source
 from llmopt.compiler.errors import InputError
 
@@ -63,6 +64,8 @@ class _Sizes(dict[str, int]):
     def __init__(self, values: Mapping[str, int]) -> None:
         super().__init__(values)
         self._known: dict[int, int] = {}
+        # Results that are lent at these sizes, made once.
+        self.lent: list[Tensor] | None = None
 
     def at(self, index: Index) -> int:
         """The value of `index`."""
@@ -75,7 +78,7 @@ class _Sizes(dict[str, int]):
 
 
 class Executable:
-    """A Program made runnable on this machine. One call at a time; results are fresh tensors.
+    """A Program made runnable on this machine. One call at a time.
 
     Args:
         program: what to run.
@@ -95,6 +98,7 @@ class Executable:
         self._sizes: dict[tuple[int, ...], _Sizes] = {}
         self._tensors: list[Any] = [None] * len(program.values)
         self._arena = torch.empty(0, dtype=torch.uint8)
+        self._lending = torch.empty(0, dtype=torch.uint8)
         self._aten_seconds: dict[int, float] | None = None
         self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
         self._steps = self._build()
@@ -172,8 +176,11 @@ class Executable:
             self._tensors[slot] = weight
             self._bases[slot + 1] = weight.data_ptr()
 
-    def __call__(self, arguments: Sequence[Any]) -> list[Any]:
+    def __call__(self, arguments: Sequence[Any], *, lend: bool = False) -> list[Any]:
         """Runs the program on its arguments (weights among them are ignored; they are bound).
+
+        Results are fresh tensors, or with `lend` tensors that the next such call may overwrite: at sizes that have been
+        seen before it allocates nothing.
 
         Raises KernelError for what kernels refuse, such as a token id outside the table.
         """
@@ -187,8 +194,8 @@ class Executable:
         if self._arena.numel() < needed + 64:
             self._arena = torch.empty(needed + 64, dtype=torch.uint8, device=self.device)
         bases[_ARENA] = self._arena.data_ptr() + 63 & ~63
-        for slot in self._fresh:
-            tensors[slot] = made = _empty(program.values[slot], sizes, self.device)
+        for slot, made in zip(self._fresh, self._lend(sizes) if lend else self._make(sizes), strict=True):
+            tensors[slot] = made
             bases[slot + 1] = made.data_ptr()
         # A profiler sees each kernel by name; without one the calls are not told apart.
         run = self._run_in_spans if _profiling() else self._run_step
@@ -198,6 +205,33 @@ class Executable:
         for slot in (*self._fresh, *(s for s in program.inputs if s is not None)):
             tensors[slot] = None
         return results
+
+    def _make(self, sizes: _Sizes) -> list[Tensor]:
+        """A fresh tensor for each result that kernels write."""
+        made = []
+        for slot in self._fresh:
+            value = self.program.values[slot]
+            shape, strides = [sizes.at(s) for s in value.sizes], [sizes.at(s) for s in value.strides]
+            made.append(torch.empty_strided(shape, strides, dtype=value.dtype, device=self.device))
+        return made
+
+    def _lend(self, sizes: _Sizes) -> list[Tensor]:
+        """The same, on memory that all such calls share."""
+        if sizes.lent is None:
+            made = self._make(sizes)
+            ends = list(itertools.accumulate(-(-t.untyped_storage().nbytes() // 64) * 64 for t in made))
+            if ends and ends[-1] > self._lending.numel():
+                self._lending = torch.empty(ends[-1], dtype=torch.uint8, device=self.device)
+                for other in self._sizes.values():
+                    other.lent = None
+            storage = self._lending.untyped_storage()
+            sizes.lent = [
+                torch.empty(0, dtype=t.dtype, device=self.device).set_(
+                    storage, begin // t.itemsize, t.shape, t.stride()
+                )
+                for t, begin in zip(made, [0, *ends], strict=False)
+            ]
+        return sizes.lent
 
     def _run_step(self, step: Any, sizes: _Sizes) -> None:
         if not isinstance(step, AtenCall):
@@ -310,9 +344,3 @@ class Executable:
                     self._tensors[result.value] = target
             results.append(self._resolve(result, sizes))
         return results
-
-
-def _empty(value: Value, sizes: _Sizes, device: torch.device) -> Tensor:
-    shape = [sizes.at(s) for s in value.sizes]
-    strides = [sizes.at(s) for s in value.strides]
-    return torch.empty_strided(shape, strides, dtype=value.dtype, device=device)

@@ -53,23 +53,26 @@ class StepProgram:
         """Bytes of one block over all layers."""
         return self.block_size * sum(spec.bytes_per_token() for spec in self.caches)
 
-    def __call__(self, batch: StepBatch, cache: KVCache) -> Tensor:
-        """Logits `[R, V]` of the rows that the batch asks for; keys and values of its tokens are in the cache then."""
+    def __call__(self, batch: StepBatch, cache: KVCache, *, lend: bool = False) -> Tensor:
+        """Logits `[R, V]` of the rows that the batch asks for; keys and values of its tokens are in the cache then.
+
+        With `lend` the next such call may overwrite them: a step of sizes that were there before allocates nothing.
+        """
         self.rows_computed += batch.input_ids.shape[0]
         self.num_steps += 1
         if self.graphs is not None:
             logits = self.graphs(batch, cache, self.executable)
             if logits is not None:
                 return logits
-        return self.run(batch, cache).cpu()
+        return self.run(batch, cache, lend=lend).cpu()
 
-    def run(self, batch: StepBatch, cache: KVCache) -> Tensor:
+    def run(self, batch: StepBatch, cache: KVCache, *, lend: bool = False) -> Tensor:
         """As a call, launched kernel by kernel; logits stay on the program's device."""
         device = self.executable.device
         inputs = [getattr(batch, name).to(device, non_blocking=True) for name in STEP_INPUTS]
         # Weights follow the caches among the program's arguments; they are bound already.
         rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors))
-        logits: Tensor = self.executable([*inputs, *cache.tensors, *rest])[0]
+        logits: Tensor = self.executable([*inputs, *cache.tensors, *rest], lend=lend)[0]
         return logits
 
 

@@ -201,7 +201,7 @@ def test_an_exception_in_a_step_fails_whom_it_concerns(monkeypatch: pytest.Monke
     core.step()
     program, bad = core.program, requests[1]
 
-    def evil(batch: StepBatch, cache: Any) -> torch.Tensor:
+    def evil(batch: StepBatch, cache: Any, *, lend: bool) -> torch.Tensor:
         if bad.seat >= 0 and bad.num_generated > 3 and any(batch.seq_lens == bad.num_computed + 1):
             raise ValueError("an evil forward")
         return program(batch, cache)
@@ -221,7 +221,7 @@ def test_an_interrupt_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatc
     requests = [core.add_request(row, GREEDY) for row in rows]
     core.step()
     with monkeypatch.context() as patch:
-        patch.setattr(core, "program", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(core, "program", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             core.step()
     finish(core)
