@@ -63,7 +63,7 @@ class _Runner:
 
     def _compile(self, arguments: Sequence[Any]) -> Callable[[Sequence[Any]], Sequence[Any]]:
         try:
-            compiled, report, _ = compile_backend(self._gm, arguments, self._options)
+            compiled, report = compile_backend(self._gm, arguments, self._options)
         except (UnsupportedError, ToolchainError) as error:
             if self._options.fallback == "error":
                 raise

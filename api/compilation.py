@@ -6,24 +6,26 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
+from llmopt import graph_cache
 from llmopt.codegen.lower import Lowered, lower
 from llmopt.codegen.program import Program
-from llmopt.compiler.capture import Captured, capture
+from llmopt.compiler.capture import Captured, capture, specialized_floats
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import graph_text, location, placeholders
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import PassReport, run_pipeline
-from llmopt.compiler.report import Fallback, GraphReport
+from llmopt.compiler.report import Details, Fallback, GraphReport
 from llmopt.compiler.step import CacheSpec
 from llmopt.explaining.details import graph_details
 from llmopt.explaining.kernels import kernel_uses
+from llmopt.graph_key import graph_key, shape_facts
 from llmopt.passes.pipeline import backend_pipeline, step_pipeline
 from llmopt.runtime.compiled import CompiledGraph
 from llmopt.runtime.step_program import StepProgram
@@ -65,13 +67,44 @@ def make_report(kind: str, graph: fx.Graph, passes: list[PassReport], lowered: L
 
 def compile_backend(
     gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
-) -> tuple[CompiledGraph, GraphReport, Captured]:
-    """Compiles a Dynamo graph for the caller's own arguments.
+) -> tuple[CompiledGraph, GraphReport]:
+    """Compiles a Dynamo graph for the caller's own arguments, or takes what an earlier process made of the same one.
 
     Raises UnsupportedError when the graph cannot be compiled, and when `options.fallback` is "error" and an op has no
     kernel.
     """
     start = time.perf_counter()
+    key = graph_key(gm, example_inputs, options)
+    kept = graph_cache.find(key) if key is not None else None
+    if kept is not None:
+        compiled = CompiledGraph(kept.program, kept.graph, kept.weights, kept.constants, options.threads)
+        report = kept.report
+        report.kernels = kernel_uses(kept.program)
+        # Costs and lives of values are looked for in the graph, so whoever asks for them has it compiled.
+        report.make_details = _details_by_compiling(gm, example_inputs, options)
+        report.seconds = {"reading the cache": time.perf_counter() - start}
+    else:
+        compiled, report = _compile_graph(gm, example_inputs, options, key)
+    report.native_calls = compiled.executable.num_kernel_runs
+    report.program = weakref.ref(compiled)
+    return compiled, report
+
+
+def _details_by_compiling(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options
+) -> Callable[[], Details | None]:
+    """Keeps none of the arguments but the floats that the graph is specialised on: the others may be large."""
+    floats = specialized_floats(gm, example_inputs)
+    arguments = [example if index in floats else None for index, example in enumerate(example_inputs)]
+    return lambda: _compile_graph(gm, arguments, options)[1].details
+
+
+def _compile_graph(
+    gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options, key: str | None = None
+) -> tuple[CompiledGraph, GraphReport]:
+    """Compiles, and keeps the result under `key` for later processes."""
+    start = time.perf_counter()
+    known = shape_facts(gm)
     captured = capture(gm, example_inputs)
     _mark_weights(captured)
     before = graph_text(captured.graph, renumber=False) if options.record_graphs else None
@@ -82,15 +115,17 @@ def compile_backend(
     report = make_report("backend", captured.graph, passes, lowered)
     report.captured = before
     _check_fallbacks(report, options)
-    compiled = CompiledGraph(captured.graph, lowered, captured.constants, options.threads)
-    report.native_calls = compiled.executable.num_kernel_runs
-    report.program = weakref.ref(compiled)
+    parts = (lowered.program, captured.graph, lowered.weights, captured.constants)
+    compiled = CompiledGraph(*parts, options.threads)
     report.seconds = {
         "capture": traced - start,
         "passes": passed - traced,
         "code generation": time.perf_counter() - passed,
     }
-    return compiled, report, captured
+    # What comes from the cache cannot tell Dynamo of what it assumes about sizes.
+    if key is not None and shape_facts(gm) == known:
+        graph_cache.keep(key, *parts, report)
+    return compiled, report
 
 
 def _check_fallbacks(report: GraphReport, options: Options) -> None:

@@ -41,8 +41,6 @@ def to_json(program: Program) -> dict[str, Any]:
     if program.fallbacks:
         first = program.fallbacks[0]
         raise UnsupportedError(f"cannot be saved, it runs on ATen: {first.reason}", operation=first.op)
-    if program.mutations:
-        raise UnsupportedError("a program that writes to its arguments cannot be saved")
     many = lambda items: [index.to_json(i) for i in items]  # noqa: E731
     return {
         "symbols": [[s.name, s.index, s.dim] for s in program.symbols],
@@ -58,6 +56,7 @@ def to_json(program: Program) -> dict[str, Any]:
         ],
         "steps": [_call_json(step) for step in program.steps if isinstance(step, KernelCall)],
         "results": [_result_json(r) for r in program.results],
+        "mutations": [[argument, _result_json(view)] for argument, view in program.mutations],
         "arena_bytes": index.to_json(program.arena_bytes),
         "batch_invariant": program.batch_invariant,
         "target": program.target,
@@ -160,7 +159,7 @@ def from_json(data: Any) -> Program:
         kernels,
         steps,
         [_result(reader, r, count) for r in reader.items("results")],
-        [],
+        [_mutation(reader, row, len(inputs), count) for row in reader.rows("mutations", 2)],
         reader.expression(data.get("arena_bytes")),
         reader.flag("batch_invariant"),
         _target(data.get("target", "cpu")),
@@ -188,6 +187,14 @@ def _operand(reader: _Reader, data: Any, count: int) -> Operand:
     if not isinstance(data, list) or len(data) != 2:
         raise ProgramFileError("malformed operand")
     return Operand(reader.number(data[0], count, "operand"), reader.expression(data[1]))
+
+
+def _mutation(reader: _Reader, row: list[Any], inputs: int, values: int) -> tuple[int, View]:
+    argument, view = row
+    value = _result(reader, view, values)
+    if not isinstance(value, View):
+        raise ProgramFileError("a mutation's new value is no tensor")
+    return reader.number(argument, inputs, "mutated argument"), value
 
 
 def _result(reader: _Reader, data: Any, count: int) -> Any:

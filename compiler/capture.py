@@ -71,6 +71,11 @@ def specialized_floats(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> dic
     return {i: float(example_inputs[i]) for i, argument in enumerate(arguments) if argument.is_float}
 
 
+def weight_names(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> list[str | None]:
+    """For each argument the qualified name of the parameter or buffer that it is, or None for a user input."""
+    return [argument.weight for argument in _arguments(gm, example_inputs)]
+
+
 @dataclass(frozen=True)
 class _Argument:
     """What Dynamo knows about an argument: wrapped float or not, the weight that it is, its fake value."""
@@ -143,9 +148,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """
     nodes = placeholders(gm.graph)
     floats = specialized_floats(gm, example_inputs)
-    arguments = _arguments(gm, example_inputs)
-    weights = [argument.weight for argument in arguments]
-    values = [argument.value for argument in arguments]
+    weights = weight_names(gm, example_inputs)
+    values = [argument.value for argument in _arguments(gm, example_inputs)]
     for node, val in zip(nodes, values, strict=True):
         if isinstance(val, torch.Tensor):
             _check_tensor(node, val)

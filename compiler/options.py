@@ -48,6 +48,8 @@ class Options:
     record_graphs: keep the printed graph before the passes and after each, for `explain`.
     rewrite_log: a file to which every compilation appends one line of JSON about the rewrites it made, the last one in
         full; what bisection reads (also `LLMOPT_REWRITE_LOG`).
+    graph_cache: under `torch.compile`, keep compiled graphs beside the kernels and take them from there in later
+        processes (also `LLMOPT_GRAPH_CACHE=0`).
     fallback: what happens to ops without a kernel: "warn" runs them on ATen and says so once, "silent" only records
         it for `explain`, "error" refuses the graph.
     """
@@ -69,6 +71,7 @@ class Options:
     verify: bool | str = False
     record_graphs: bool = False
     rewrite_log: str = ""
+    graph_cache: bool = True
     fallback: str = "silent"
 
     def __post_init__(self) -> None:
@@ -117,6 +120,10 @@ def _from_environment() -> dict[str, Any]:
         if verify not in ("0", "1", "revert"):
             raise OptionError("LLMOPT_VERIFY", verify, ("0", "1", "revert"))
         found["verify"] = verify if verify == "revert" else verify == "1"
+    if cache := os.environ.get("LLMOPT_GRAPH_CACHE"):
+        if cache not in ("0", "1"):
+            raise OptionError("LLMOPT_GRAPH_CACHE", cache, ("0", "1"))
+        found["graph_cache"] = cache == "1"
     if log := os.environ.get("LLMOPT_REWRITE_LOG"):
         found["rewrite_log"] = log
     return found
@@ -177,5 +184,6 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "verify": _verify,
     "record_graphs": _one_of(True, False),
     "rewrite_log": _path,
+    "graph_cache": _one_of(True, False),
     "fallback": _one_of("silent", "warn", "error"),
 }

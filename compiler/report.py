@@ -115,6 +115,7 @@ class GraphReport:
 
     kind: "backend" (the caller's own arguments), "step" (a ragged batch over a paged KV cache), or "program" (a file).
     batch_invariant: whether kernels add in an order that the batch has no part in.
+    from_cache: whether an earlier process compiled it, so that passes did not run and have the times of that one.
     refused: why the graph is not compiled at all and runs in eager mode, else None.
     rejected: op -> reasons why a template did not take it although something else compiles it.
     frame: the function that Dynamo captured, with its compile id; `ends_at`: the break that ended the graph, if any.
@@ -133,12 +134,13 @@ class GraphReport:
     seconds: dict[str, float] = field(default_factory=dict)
     refused: str | None = None
     batch_invariant: bool = False
+    from_cache: bool = False
     frame: str = ""
     ends_at: GraphBreak | None = None
     guards: list[str] = field(default_factory=list)
     captured: str | None = None
     timing: Timing | None = None
-    make_details: Callable[[], Details] | None = None
+    make_details: Callable[[], Details | None] | None = None
     program: Callable[[], Any] | None = None
     _details: Details | None = None
 

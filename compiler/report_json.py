@@ -24,6 +24,7 @@ def graph_json(graph: GraphReport) -> dict[str, Any]:
         "inputs": list(graph.inputs),
         "refused": graph.refused,
         "batch_invariant": graph.batch_invariant,
+        "from_cache": graph.from_cache,
         "frame": graph.frame,
         "ends_at": vars(graph.ends_at) if graph.ends_at is not None else None,
         "guards": list(graph.guards),

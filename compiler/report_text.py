@@ -63,6 +63,8 @@ def graph_text(number: int, graph: GraphReport) -> str:
         return "\n".join([*lines, f"  runs in eager mode: {graph.refused}"])
     if graph.batch_invariant:
         lines.append("batch invariant: every row by the kernels of a single row")
+    if graph.from_cache:
+        lines.append("  taken from the cache; the passes ran in an earlier process")
     if graph.kind != "program":
         lines.append("passes (rewrites, then near misses with their reasons)")
         states = [(p.name, "disabled" if p.disabled else str(p.matched), pass_remarks(p)) for p in graph.passes]

@@ -58,6 +58,11 @@ def unregister_pass(name: str) -> None:
         ALL_PASS_NAMES.discard(name)
 
 
+def registered_passes() -> tuple[str, ...]:
+    """Names of the registered passes, in the order of their registration."""
+    return tuple(entry.item.name for entry in _REGISTERED)
+
+
 def with_registered(passes: Sequence[Pass]) -> tuple[Pass, ...]:
     """`passes` with the registered ones in their places."""
     result = list(passes)

@@ -8,26 +8,36 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.fx.node import Node
 
-from llmopt.codegen.lower import Lowered
+from llmopt.codegen.program import Program
 from llmopt.runtime.cuda_executable import make_executable
 from llmopt.runtime.weights import WeightBinder
 
 
 class CompiledGraph:
-    """Runs a lowered graph on the arguments that Dynamo passes at each call, weights among them.
+    """Runs a program on the arguments that Dynamo passes at each call, weights among them.
 
-    `constants` are the graph's further arguments.
-    Calls are serialised: one graph has one arena.
+    Calls are serialised: one program has one arena.
+
+    Args:
+        program: what to run.
+        graph, weights: say how its weights are made of the arguments; see `WeightBinder`.
+        constants: the graph's further arguments.
+        threads: see `Executable`.
     """
 
     def __init__(
-        self, graph: fx.Graph, lowered: Lowered, constants: Sequence[torch.Tensor] = (), threads: int = 0
+        self,
+        program: Program,
+        graph: fx.Graph,
+        weights: Sequence[Node],
+        constants: Sequence[torch.Tensor] = (),
+        threads: int = 0,
     ) -> None:
-        self.lowered = lowered
         self._constants = list(constants)
-        self.executable = make_executable(lowered.program, threads)
-        self.binder = WeightBinder(graph, lowered.weights)
+        self.executable = make_executable(program, threads)
+        self.binder = WeightBinder(graph, weights)
         self._bound: list[int] | None = None
         self._lock = threading.Lock()
 

@@ -22,7 +22,7 @@ def run_op(spec: OpSpec, sample: tuple[Any, ...], threads: int = 2) -> tuple[lis
     """What the compiled op returns on `sample` (writing to what it mutates), and how it was lowered."""
     graph, tensors = one_op_graph(spec, sample)
     lowered = lower(graph)
-    return list(CompiledGraph(graph, lowered, (), threads)(tensors)), lowered
+    return list(CompiledGraph(lowered.program, graph, lowered.weights, (), threads)(tensors)), lowered
 
 
 def _spec(op: str | OpSpec) -> OpSpec:

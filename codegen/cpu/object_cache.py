@@ -1,4 +1,4 @@
-"""The cache of compiled objects: one file each, named by its maker after a hash of all that went into it.
+"""The cache of what was compiled: one file each, named by its maker after a hash of all that went into it.
 
 The folder is this user's own (0700, ownership checked). A file is written to a temporary name and renamed, so that any
 number of processes may write at once and none sees half a file, and it ends with a digest of its content, so that
@@ -84,6 +84,17 @@ def private_folder() -> Path:
 
 def find(name: str) -> Path | None:
     """The cached file of that name if it is whole; one that is not is reported and counts as missing."""
+    found = _look_up(name)
+    return found[0] if found is not None else None
+
+
+def read(name: str) -> bytes | None:
+    """The content of the cached file of that name if it is whole."""
+    found = _look_up(name)
+    return found[1] if found is not None else None
+
+
+def _look_up(name: str) -> tuple[Path, bytes] | None:
     for folder in dict.fromkeys((cache_folder(), *filter(None, [_private.get(os.getpid())]))):
         path = folder / name
         try:
@@ -94,17 +105,21 @@ def find(name: str) -> Path | None:
             log.warning("kernel cache entry %s cannot be read (%s); compiling again", path, error)
             continue
         if content[-_SEAL_BYTES:] == _digest(content[:-_SEAL_BYTES]):
-            return path
+            return path, content[:-_SEAL_BYTES]
         log.warning("kernel cache entry %s is damaged; compiling again", path)
     return None
 
 
 def keep(name: str, made: Path) -> Path:
-    """Puts the file `made` into the cache under `name` and returns where it can be used from.
+    """Puts the file `made` into the cache under `name`; returns and raises as `write`."""
+    return write(name, made.read_bytes())
+
+
+def write(name: str, content: bytes) -> Path:
+    """Keeps `content` under `name` and returns the file's path, from which it can be used.
 
     Raises OSError only when not even the temporary folder takes it.
     """
-    content = made.read_bytes()
     sealed = content + _digest(content)
     if not cache_folder().is_dir():  # deleted since it was looked at
         _usable.cache_clear()

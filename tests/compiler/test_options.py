@@ -30,6 +30,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "verify": ([True, False, "revert"], [0, 1, "yes", None], "True"),
     "record_graphs": ([True, False], [0, 1, "yes", None], "True"),
     "rewrite_log": (["", "rewrites.jsonl"], [0, None, True, ("a",)], "path"),
+    "graph_cache": ([True, False], [0, 1, "yes", None], "True"),
     "fallback": (["silent", "warn", "error"], ["ignore", "", None, True], "'warn'"),
 }
 VALID = [(name, value) for name, (good, _, _) in CASES.items() for value in good]
@@ -38,7 +39,7 @@ INVALID = [(name, value, allowed) for name, (_, bad, allowed) in CASES.items() f
 
 @pytest.fixture(autouse=True)
 def _clean_environment(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("LLMOPT_DISABLE", "LLMOPT_FUEL", "LLMOPT_VERIFY", "LLMOPT_REWRITE_LOG"):
+    for name in ("LLMOPT_DISABLE", "LLMOPT_FUEL", "LLMOPT_VERIFY", "LLMOPT_REWRITE_LOG", "LLMOPT_GRAPH_CACHE"):
         monkeypatch.delenv(name, raising=False)
 
 
@@ -107,12 +108,18 @@ def test_environment(monkeypatch: pytest.MonkeyPatch) -> None:
     assert Options.make({"fuel": 3}).fuel == 3
     assert Options.make(Options()).fuel == -1
     monkeypatch.setenv("LLMOPT_VERIFY", "0")
-    assert Options.make().verify is False
+    monkeypatch.setenv("LLMOPT_GRAPH_CACHE", "0")
+    assert Options.make().verify is False and Options.make().graph_cache is False
 
 
 @pytest.mark.parametrize(
     ("variable", "value", "allowed"),
-    [("LLMOPT_FUEL", "many", "whole number"), ("LLMOPT_VERIFY", "yes", "'1'"), ("LLMOPT_FUEL", "-5", "-1 or more")],
+    [
+        ("LLMOPT_FUEL", "many", "whole number"),
+        ("LLMOPT_VERIFY", "yes", "'1'"),
+        ("LLMOPT_FUEL", "-5", "-1 or more"),
+        ("LLMOPT_GRAPH_CACHE", "on", "'1'"),
+    ],
 )
 def test_bad_environment(monkeypatch: pytest.MonkeyPatch, variable: str, value: str, allowed: str) -> None:
     monkeypatch.setenv(variable, value)
