@@ -73,7 +73,7 @@ def sample(
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_row_count_and_depth(dtype: torch.dtype, variant: str) -> None:
     # Both regimes, every size of the last tile, every remainder of K by a vector and by a pair.
-    for rows, k in itertools.product([*range(1, 41), 300], [1, 3, 7, 32, 100, 257]):
+    for rows, k in itertools.product([*range(1, 41), *range(65, 78), 300], [1, 3, 7, 32, 100, 257]):
         n = [1, 5, 17, 33, 130][(rows + k) % 5]
         x, segments = sample(rows, k, [n], dtype, [rows % 2 == 0], slack=rows % 3)
         check(x, segments, run_linear(x, segments, out_stride=n + k % 4, threads=1 + rows % 2, variant=variant))
@@ -81,7 +81,7 @@ def test_every_row_count_and_depth(dtype: torch.dtype, variant: str) -> None:
 
 @pytest.mark.parametrize("variant", ["host", "avx512_bf16_emulated"])
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 2, 5, 8, 13, 37, 600])
+@pytest.mark.parametrize("rows", [1, 2, 5, 8, 13, 37, 71, 600])
 def test_segments(dtype: torch.dtype, variant: str, rows: int) -> None:
     for sizes in ([1], [5, 17], [33, 1, 130], [64, 16, 16], [3] * 9):
         for k, threads in ((31, 1), (600, 2)):
@@ -109,7 +109,7 @@ def test_an_activation_in_the_epilogue(rows: int, dtype: torch.dtype, act: str) 
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("rows", [1, 4, 50])
+@pytest.mark.parametrize("rows", [1, 4, 70])
 def test_float_output_is_not_rounded(dtype: torch.dtype, rows: int) -> None:
     x, segments = sample(rows, 70, [21, 40], dtype, [True, False])
     out = run_linear(x, segments, out_dtype=torch.float32)
@@ -120,7 +120,7 @@ def test_float_output_is_not_rounded(dtype: torch.dtype, rows: int) -> None:
 @pytest.mark.parametrize("variant", ["host", "avx512_bf16_emulated"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_results_do_not_depend_on_threads_or_neighbours(dtype: torch.dtype, variant: str) -> None:
-    for rows in (6, 90):
+    for rows in (6, 150):
         x, segments = sample(rows, 999, [70, 9], dtype, [True, False])
         whole = run_linear(x, segments, threads=2, variant=variant)
         assert torch.equal(whole, run_linear(x, segments, threads=1, variant=variant))
@@ -168,6 +168,6 @@ def test_more_panels_than_fit_in_scratch() -> None:
 
 
 def test_more_workers_than_work() -> None:
-    for rows in (1, 30):
+    for rows in (1, 30, 70):
         x, segments = sample(rows, 40, [3], torch.float32, [True])
         check(x, segments, run_linear(x, segments, threads=3))

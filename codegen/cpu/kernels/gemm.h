@@ -101,25 +101,40 @@ void pack_panel(const T* weight, std::int64_t stride, std::int64_t columns, std:
       rows[c] = weight + (group + c < columns ? group + c : columns - 1) * stride;
     float* to = packed + group;
     std::int64_t i = 0;
-    for (; i + kPer <= elements; i += kPer, to += kStep) {
-      // The same part of the next panel: for few rows of x, waiting for it would cost more than the products.
-#pragma GCC unroll 16
-      for (int c = 0; c < kLanes; ++c) __builtin_prefetch(rows[c] + i + kPanel * stride, 0, 2);
-      pack_block(rows, i, kPer, to);
-    }
+    for (; i + kPer <= elements; i += kPer, to += kStep) pack_block(rows, i, kPer, to);
     if (i < elements) pack_block(rows, i, elements - i, to);
   }
 }
 
+// Fetches the part of the weights that is packed next into the second-level cache while this one is multiplied: without
+// it packing waits for memory. Each tile takes kLanes rows of W, until all of the next panel are under way.
+struct NextPanel {
+  const char* at;
+  std::int64_t row;         // bytes between the rows of W
+  std::int64_t lane_bytes;  // that a lane along K takes in memory
+  int left;                 // rows
+
+  LLMOPT_INLINE void fetch(std::int64_t lane, int r) const { __builtin_prefetch(at + r * row + lane * lane_bytes, 0, 2); }
+  void next_tile() { at += kLanes * row, left -= kLanes; }
+};
+
 // sums [R][kPanel] (+)= a [R][depth] . b [depth][kPanel], rows of a kDepth apart.
 template <class Lane, int R>
-__attribute__((noinline)) void gemm_tile(const Lane* a, const Lane* b, std::int64_t depth, float* sums, bool add) {
+__attribute__((noinline)) void gemm_tile(const Lane* a, const Lane* b, std::int64_t depth, float* sums, bool add,
+                                         const NextPanel& next) {
   vf acc[R][kPanelVectors] = {};
-  for (std::int64_t i = 0; i < depth; ++i, b += kPanel)
+  const auto step = [&](std::int64_t i) __attribute__((always_inline)) {
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
 #pragma GCC unroll 4
       for (int v = 0; v < kPanelVectors; ++v) acc[r][v] = gemm_step(acc[r][v], a[r * kDepth + i], b + v * kLanes);
+    b += kPanel;
+  };
+  std::int64_t i = 0;
+  if (next.left > 0)
+    for (; i + kLanes <= depth; i += kLanes)
+      for (int r = 0; r < kLanes; ++r) next.fetch(i, r), step(i + r);
+  for (; i < depth; ++i) step(i);
   if (add)
 #pragma GCC unroll 16
     for (int r = 0; r < R; ++r)
@@ -135,22 +150,23 @@ __attribute__((noinline)) void gemm_tile(const Lane* a, const Lane* b, std::int6
 // run over the end by one row, for which staged and sums have room.
 template <class Lane>
 void multiply_panel(const float* staged, const float* packed, std::int64_t rows, std::int64_t depth, float* sums,
-                    bool add) {
+                    bool add, NextPanel next) {
   const Lane* a = reinterpret_cast<const Lane*>(staged);
   const Lane* b = reinterpret_cast<const Lane*>(packed);
   while (rows > 0) {
     const int tile = rows >= kTileRows ? kTileRows : static_cast<int>(rows + 1) & ~1;
     switch (tile) {
-      case 2: gemm_tile<Lane, 2>(a, b, depth, sums, add); break;
-      case 4: gemm_tile<Lane, 4>(a, b, depth, sums, add); break;
-      case 6: gemm_tile<Lane, 6>(a, b, depth, sums, add); break;
+      case 2: gemm_tile<Lane, 2>(a, b, depth, sums, add, next); break;
+      case 4: gemm_tile<Lane, 4>(a, b, depth, sums, add, next); break;
+      case 6: gemm_tile<Lane, 6>(a, b, depth, sums, add, next); break;
       default:
         if constexpr (kTileRows == 12) {
-          if (tile == 8) gemm_tile<Lane, 8>(a, b, depth, sums, add);
-          if (tile == 10) gemm_tile<Lane, 10>(a, b, depth, sums, add);
-          if (tile == 12) gemm_tile<Lane, 12>(a, b, depth, sums, add);
+          if (tile == 8) gemm_tile<Lane, 8>(a, b, depth, sums, add, next);
+          if (tile == 10) gemm_tile<Lane, 10>(a, b, depth, sums, add, next);
+          if (tile == 12) gemm_tile<Lane, 12>(a, b, depth, sums, add, next);
         }
     }
+    next.next_tile();
     a += tile * kDepth;
     sums += tile * kPanel;
     rows -= tile;
@@ -246,8 +262,11 @@ void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
         for (std::int64_t i = 0; i < width; ++i) {
           const Panel panel = find_panel(segments, p + i);
           float* panel_sums = sums + i * chunk * kPanel;
-          pack_panel(segments.weight<T>(panel.segment) + panel.row * k + from, k, panel.columns, elements, packed);
-          multiply_panel<Lane>(staged, packed, height, depth, panel_sums, from > 0);
+          const T* weight = segments.weight<T>(panel.segment) + panel.row * k + from;
+          pack_panel(weight, k, panel.columns, elements, packed);
+          const NextPanel next{reinterpret_cast<const char*>(weight + kPanel * k), k * static_cast<std::int64_t>(sizeof(T)),
+                               GemmLane<T>::kElements * static_cast<std::int64_t>(sizeof(T)), kPanel};
+          multiply_panel<Lane>(staged, packed, height, depth, panel_sums, from > 0, next);
           if (from + kBlock < k) continue;
           const T* bias = segments.bias<T>(panel.segment);
           write_panel<T, TOut, Act>(panel_sums, height, bias ? bias + panel.row : nullptr, panel.columns,

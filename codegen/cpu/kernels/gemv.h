@@ -178,11 +178,17 @@ inline void gemv_rows(const T* w, const T* bias, std::int64_t k, const float* x,
   }
 }
 
+// Floats between two staged rows of length k: one vector more than they need, so that rows of a power of two do not all
+// meet in the same sets of the first-level cache as the rows of W.
+template <class T>
+inline std::int64_t staged_stride(std::int64_t k) {
+  return ((k + GemvStep<T>::kElements - 1) / GemvStep<T>::kElements) * GemvStep<T>::kFloats + kLanes;
+}
+
 // Bytes of scratch that `rows` staged rows of length k take.
 template <class T>
 inline std::size_t gemv_scratch(std::int64_t rows, std::int64_t k) {
-  const std::int64_t steps = (k + GemvStep<T>::kElements - 1) / GemvStep<T>::kElements;
-  return static_cast<std::size_t>(rows * steps * GemvStep<T>::kFloats) * sizeof(float);
+  return static_cast<std::size_t>(rows * staged_stride<T>(k)) * sizeof(float);
 }
 
 // x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart. Needs
@@ -197,7 +203,7 @@ void gemv(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
   if (mine.begin == mine.end) return;
 
   float* staged = reinterpret_cast<float*>(w.scratch);
-  const std::int64_t x_stride = (k + Step::kElements - 1) / Step::kElements * Step::kFloats;
+  const std::int64_t x_stride = staged_stride<T>(k);
   for (std::int64_t m = 0; m < rows; ++m) {
     const T* row = x[m];
     float* to = staged + m * x_stride;
