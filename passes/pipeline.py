@@ -9,6 +9,7 @@ from llmopt.passes.fuse_residual_norm import FuseResidualNorm
 from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.merge_linears import MergeLinears
 from llmopt.passes.normalize import Normalize, SimplifyViews
+from llmopt.passes.raise_activations import RaiseActivations
 from llmopt.passes.raise_batched_linear import RaiseBatchedLinear
 from llmopt.passes.raise_convolution import RaiseConvolution
 from llmopt.passes.raise_gated_act import RaiseGatedAct
@@ -31,6 +32,7 @@ RAISING: tuple[Pass, ...] = (
     RaiseNorms(),
     SubstituteAttention(),
     RaiseRope(),
+    RaiseActivations(),
     RaiseGatedAct(),
     RaiseMoe(),
     RaiseGroupedLinear(),

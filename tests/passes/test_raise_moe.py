@@ -58,6 +58,8 @@ arg_0: f32[1, 5, 16]
 arg_1: f32[4, 16]
 arg_2: f32[4, 48, 16]
 arg_3: f32[4, 16, 24]
+transpose: f32[4, 16, 48] = aten.transpose.int(arg_2, -2, -1)
+transpose_1: f32[4, 24, 16] = aten.transpose.int(arg_3, -2, -1)
 view: f32[5, 16] = aten.view.default(arg_0, [-1, 16])
 linear: f32[5, 4] = llmopt.linear.default(view, [arg_1], [None])
 softmax: f32[5, 4] = aten.softmax.int(linear, -1)
@@ -77,13 +79,11 @@ index_1: f32[10] = aten.index.Tensor(view_2, [getitem_3])
 _to_copy: f32[10] = aten._to_copy.default(getitem_2, dtype=torch.float32)
 histc: f32[4] = aten.histc.default(_to_copy, 4, 0, 3)
 cumsum: i32[4] = aten.cumsum.default(histc, 0, dtype=torch.int32)
-transpose: f32[4, 16, 48] = aten.transpose.int(arg_2, -2, -1)
 grouped_mm_fallback: f32[10, 48] = transformers.grouped_mm_fallback.default(index, transpose, cumsum)
 split: (f32[10, 24], f32[10, 24]) = aten.split.Tensor(grouped_mm_fallback, 24, -1)
 getitem_4: f32[10, 24] = getitem(split, 0)
 getitem_5: f32[10, 24] = getitem(split, 1)
 gated_act: f32[10, 24] = llmopt.gated_act.default(getitem_4, getitem_5, silu)
-transpose_1: f32[4, 24, 16] = aten.transpose.int(arg_3, -2, -1)
 grouped_mm_fallback_1: f32[10, 16] = transformers.grouped_mm_fallback.default(gated_act, transpose_1, cumsum)
 unsqueeze: f32[10, 1] = aten.unsqueeze.default(index_1, -1)
 mul: f32[10, 16] = aten.mul.Tensor(grouped_mm_fallback_1, unsqueeze)
