@@ -118,10 +118,16 @@ def _team_size(threads: int | None) -> int:
 
 
 class NativePlan:
-    """An encoded list of calls, bound to the entries of one library. Runs are serialised by a lock."""
+    """An encoded list of calls, bound to the entries of one library. Runs are serialised by a lock.
+
+    Raises ToolchainError for a library that this machine cannot load, whoever compiled it.
+    """
 
     def __init__(self, library: Path, calls: Sequence[NativeCall]) -> None:
-        self._library = ctypes.CDLL(str(library))
+        try:
+            self._library = ctypes.CDLL(str(library))
+        except OSError as error:
+            raise ToolchainError(f"the compiled kernels cannot be loaded: {error}; delete {library}") from error
         self.entries = [call.entry for call in calls]
         self.labels = [call.label or call.entry for call in calls]
         self._lock = threading.Lock()

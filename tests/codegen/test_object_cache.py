@@ -19,6 +19,7 @@ from llmopt.codegen.cpu import object_cache, toolchain
 from llmopt.codegen.cpu.available import available_cpus, cgroup_cpus
 from llmopt.codegen.cpu.native import NativeCall, NativePlan, TensorOperand, default_threads
 from llmopt.codegen.cpu.toolchain import LEVELS, build_library, compile_object, host_level
+from llmopt.runtime import executable
 
 # Writes how many workers there are.
 SOURCE = """#include "abi.h"
@@ -110,6 +111,22 @@ def test_damage_is_noticed_and_repaired(folder: Path, kind: str, damage: str, ca
     caplog.clear()
     assert workers(build_library([SOURCE])) == 1
     assert not caplog.records
+
+
+def test_a_library_that_does_not_load_sends_the_model_to_eager(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """A whole file that the loader refuses: another machine's, in a folder that both use."""
+
+    def foreign(*_: object) -> Path:
+        made = folder.parent / "foreign.so"
+        made.write_bytes(b"\x7fELF of another machine")
+        return made
+
+    x = torch.randn(3)
+    with pytest.MonkeyPatch.context() as patch, caplog.at_level(logging.WARNING):
+        patch.setattr(executable, "build_library", foreign)
+        result = torch.compile(torch.sin, backend="llmopt")(x)
+    assert torch.equal(result, x.sin())
+    assert "runs this graph in eager mode: the compiled kernels cannot be loaded" in caplog.text
 
 
 def test_a_folder_that_vanished_is_made_again(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
