@@ -11,28 +11,34 @@ tokens to generate and none ends earlier. All requests wait when the clock start
 function takes one length for all. One-at-a-time `generate` runs every n-th request only (`--one-at-a-time` of them):
 its rate does not depend on how many there are.
 
-Beside the rates stands what llmopt itself could reach at best: `ideal` adds up the times that the compiled step alone
-takes for the same batches of tokens, without any scheduling, sampling or detokenizing. `outside` is the share of the
-wall time that is not inside the compiled step.
+Beside the rates stands the step-time model: how long the compiled step alone takes for so many tokens, measured after
+the rounds and added up over the steps that llmopt took, which is the best that any scheduling around it can reach.
+"Outside" is the share of the wall time that is not inside the compiled step.
 """
 
 from __future__ import annotations
 
 import argparse
+import statistics
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from decode_cpu import DTYPES, build_model
 from harness import ROOT, Contestant, conditions, plot, print_table, run_rounds, write_json
 from probe import Probe
 from transformers import ContinuousBatchingConfig, GenerationConfig, PreTrainedModel
 
-from llmopt import LLM, SamplingParams
-from llmopt.runtime.step_program import StepProgram
+from llmopt import SamplingParams
+from llmopt.compiler.options import Options
+from llmopt.compiler.report import Report
+from llmopt.engine import ModelEngine
+from llmopt.runtime.generation import Job, run_jobs
+from llmopt.runtime.step_program import StepBatch, StepProgram
 
 WARM_UP_REQUESTS = 4
 PAGE_SIZE = 32
@@ -71,23 +77,25 @@ class Workload:
         return sum(self.lengths)
 
 
-class StepClock:
-    """Adds up the seconds inside the native code of a step program, from the time it is made."""
+class StepLog:
+    """What the steps of a program do from the time this is made: seconds inside native code, and tokens of each."""
 
     def __init__(self, program: StepProgram) -> None:
         self.seconds = 0.0
+        self.tokens: list[int] = []
         for plan in program.executable.native_plans:
             self._watch(plan)
 
     def _watch(self, plan: Any) -> None:
         run = plan.run
 
-        def timed(*arguments: Any) -> Any:
+        def timed(bases: Any, symbols: Any, threads: int) -> Any:
             begin = time.perf_counter()
             try:
-                return run(*arguments)
+                return run(bases, symbols, threads)
             finally:
                 self.seconds += time.perf_counter() - begin
+                self.tokens.append(int(symbols[0]))  # the first symbol is the number of tokens
 
         plan.run = timed
 
@@ -97,18 +105,61 @@ class Llmopt:
 
     def __init__(self, model: PreTrainedModel, work: Workload, max_num_seqs: int) -> None:
         longest = max(len(p) + n for p, n in zip(work.prompts, work.lengths, strict=True))
-        self.llm = LLM(model, max_num_seqs=max_num_seqs, max_model_len=longest, enable_prefix_caching=False)
-        self.outside: list[float] = []
-        self._clock: StepClock | None = None
+        self._engine = ModelEngine(
+            model,
+            Options.make({"max_num_seqs": max_num_seqs, "max_model_len": longest, "enable_prefix_caching": False}),
+            Report(),
+        )
+        self.core = self._engine.core()
+        self._context = sum(map(len, work.prompts)) // len(work.prompts)
+        self._log = StepLog(self.core.program)
+        # Of each run: seconds in all, seconds inside the compiled step, tokens of each step.
+        self.runs: list[tuple[float, float, list[int]]] = []
 
     def __call__(self, work: Workload) -> list[list[int]]:
-        params = [SamplingParams(temperature=0.0, max_tokens=n, ignore_eos=True) for n in work.lengths]
-        if self._clock is None:
-            self._clock = StepClock(self.llm._engine_core().program)
-        inside, begin = self._clock.seconds, time.perf_counter()
-        outputs = self.llm.generate(work.prompts, params)
-        self.outside.append(1 - (self._clock.seconds - inside) / (time.perf_counter() - begin))
-        return [list(output.outputs[0].token_ids) for output in outputs]
+        jobs = [
+            Job(prompt, SamplingParams(temperature=0.0, max_tokens=length, ignore_eos=True))
+            for prompt, length in zip(work.prompts, work.lengths, strict=True)
+        ]
+        inside, steps, begin = self._log.seconds, len(self._log.tokens), time.perf_counter()
+        requests = {update.index: update.request for update in run_jobs(self.core, jobs)}
+        self.runs.append((time.perf_counter() - begin, self._log.seconds - inside, self._log.tokens[steps:]))
+        return [requests[index].generated for index in range(len(jobs))]
+
+    def step_times(self, largest: int) -> dict[int, float]:
+        """Tokens -> seconds of the compiled step alone: decodes at the workload's prompt length, then prompts."""
+        program, most = self.core.program, self.core.scheduler.config.max_num_seqs
+        pages = -(-max(self._context + 1, largest) // program.block_size)
+        cache = program.new_cache(max(most * (-(-(self._context + 1) // program.block_size)), pages))
+        for tensor in cache.tensors:
+            tensor.zero_()
+        each = -(-(self._context + 1) // program.block_size)
+        found: dict[int, float] = {}
+        size = 1
+        while size < 2 * largest:
+            count = min(size, largest)
+            if count <= most:
+                held = [list(range(i * each, (i + 1) * each)) for i in range(count)]
+                batch = StepBatch.build([[i] for i in range(count)], [self._context] * count, held, program.block_size)
+            else:
+                prompts, held = [], []
+                for start in range(0, count, self._context):
+                    prompts.append(list(range(min(self._context, count - start))))
+                    held.append(list(range(len(held) * each, (len(held) + 1) * each)))
+                batch = StepBatch.build(prompts, [0] * len(prompts), held, program.block_size)
+            seconds = []
+            for _ in range(3):
+                begin = time.perf_counter()
+                program(batch, cache)
+                seconds.append(time.perf_counter() - begin)
+            found[count] = statistics.median(seconds)
+            size = size * 2 if size > 16 else size + max(1, size // 2)
+        return found
+
+
+def modelled_seconds(times: dict[int, float], steps: Sequence[int]) -> float:
+    """What steps of so many tokens take by the step-time model, straight lines between the sizes measured."""
+    return float(np.interp(steps, list(times), list(times.values())).sum())
 
 
 class ContinuousBatching:
@@ -236,10 +287,16 @@ def main() -> None:
         if batching is not None:
             batching.stop()
     print_table(result, (PHASE,), f"Llama-3.2-1B shape, {options.dtype}, {options.requests} requests", options.peers)
-    print("outside the compiled step:", ", ".join(f"{share:.1%}" for share in llmopt.outside[1:]))
+    runs = llmopt.runs[1:]
+    times = llmopt.step_times(max(max(steps) for _, _, steps in runs))
+    outside = [1 - inside / total for total, inside, _ in runs]
+    of_ideal = [modelled_seconds(times, steps) / total for total, _, steps in runs]
+    print("outside the compiled step:", ", ".join(f"{share:.1%}" for share in outside))
+    print("of the step-time model's ideal:", ", ".join(f"{share:.0%}" for share in of_ideal))
     if options.out:
         out = options.out if options.out.is_absolute() else ROOT / options.out
-        write_json({**result.to_json(), "outside_step": llmopt.outside[1:]}, out)
+        own = {"outside_step": outside, "of_ideal": of_ideal, "step_seconds": times, "steps": [r[2] for r in runs]}
+        write_json({**result.to_json(), **own}, out)
         plot(result, (PHASE,), out.with_suffix(".png"))
 
 
