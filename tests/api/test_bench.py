@@ -86,20 +86,11 @@ def test_bad_lengths(text: str) -> None:
         Lengths.parse("input_len", text)
 
 
-@pytest.mark.parametrize(
-    "line",
-    [
-        "{",
-        "[]",
-        "3",
-        "{}",
-        '{"prompt": ""}',
-        '{"prompt": []}',
-        '{"prompt": [1, "a"]}',
-        '{"prompt": "a", "output_len": 0}',
-    ]
-    + ["[" * 100_000, '{"prompt": "a", "output_len": true}'],
-)
+BAD_LINES = ["{", "[]", "3", "{}", "[" * 100_000, '{"prompt": ""}', '{"prompt": []}', '{"prompt": [1, "a"]}']
+BAD_LINES += ['{"prompt": "a", "output_len": 0}', '{"prompt": "a", "output_len": true}']
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=lambda line: line[:40])
 def test_bad_lines(line: str, tmp_path: Path) -> None:
     file = tmp_path / "prompts.jsonl"
     file.write_text('{"prompt": "good"}\n\n' + line, "utf-8")
