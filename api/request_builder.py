@@ -77,8 +77,8 @@ class RequestBuilder:
         Whether the engine could serve them is for `SequenceGroup` to check.
         """
         texts, ids = self.encode(prompts)
-        params = SamplingParams() if sampling_params is None else sampling_params
-        many = list(params) if isinstance(params, list | tuple) else [params] * len(ids)
+        given: Any = SamplingParams() if sampling_params is None else sampling_params
+        many: list[SamplingParams] = list(given) if isinstance(given, list | tuple) else [given] * len(ids)
         for each in many:
             if not isinstance(each, SamplingParams):
                 raise InputError(f"sampling parameters are SamplingParams, got {each!r:.80}")

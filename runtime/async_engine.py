@@ -237,6 +237,8 @@ class AsyncEngine:
 
     def _give_up(self) -> None:
         error = _dead(self._error)
+        self._growing.clear()
+        self._touched.clear()
         try:
             self.core.fail_all(error)
         except Exception:  # its books may be what is broken

@@ -210,7 +210,12 @@ def latency(
             bar.update()
     if plot is not None:
         measuring.plot_latency(found, plot)
-    data = {"batch_size": batch_size, "input_len": input_len, "output_len": output_len, **found.to_json()}
+    data: dict[str, Any] = {
+        "batch_size": batch_size,
+        "input_len": input_len,
+        "output_len": output_len,
+        **found.to_json(),
+    }
     if as_json:
         typer.echo(json.dumps(data, indent=2))
         return

@@ -26,7 +26,7 @@ KvCacheDtype = Annotated[
     str | None, typer.Option(help="How the KV cache stores keys and values: auto, fp8, int8 or int4 [auto].")
 ]
 KvCacheMemoryBytes = Annotated[
-    int | None, typer.Option(help="Memory of the KV cache; 0 leaves it to --gpu-memory-utilization [0].")
+    int | None, typer.Option(help="Memory of the KV cache; 0 leaves it to the fraction that follows [0].")
 ]
 GpuMemoryUtilization = Annotated[
     float | None, typer.Option(help="Fraction of the available memory that the KV cache may take [0.5].")

@@ -68,7 +68,6 @@ def nested(depth: int) -> dict[str, Any]:
 Case = tuple[str, Any, Callable[[], dict[str, Any]], type[Exception], str]
 
 CASES: list[Case] = [
-    ("empty text", "", dict, InputError, "empty"),
     ("no tokens", [], dict, InputError, "empty"),
     ("a text beyond the context", "x = 1\n" * 3000, dict, InputError, f"longest sequence is {CONTEXT}"),
     ("tokens beyond the context", [5] * CONTEXT, dict, InputError, f"longest sequence is {CONTEXT}"),
@@ -83,7 +82,7 @@ CASES: list[Case] = [
     ("nothing as token", [1, None], dict, InputError, "token id None"),
     ("half a character", "a\ud800b", dict, InputError, "surrogate"),
     ("a dictionary as prompt", {"prompt": "x"}, dict, InputError, "prompt"),
-    ("bytes as prompt", [b"import"], dict, InputError, "prompt"),
+    ("bytes as token", [b"import"], dict, InputError, "token id b'import'"),
     ("a number as prompt", 3.5, dict, InputError, "prompt"),
     *(
         (f"{name} = {bad!r:.20}", PROMPT, lambda name=name, bad=bad: {name: bad}, OptionError, name)
