@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llmopt import errors
+    from llmopt.async_llm import AsyncLLM
     from llmopt.codegen.cpu.registry import register_kernel, unregister_kernel
     from llmopt.compiler.opspec import register_op
     from llmopt.compiler.options import Options
@@ -22,14 +23,16 @@ if TYPE_CHECKING:
     from llmopt.passes.pipeline import register_pass, unregister_pass
     from llmopt.runtime.beam_search import BeamSearchParams
     from llmopt.runtime.outputs import CompletionOutput, RequestOutput
-    from llmopt.runtime.sampling import SamplingParams, StructuredOutputsParams
+    from llmopt.runtime.sampling import RequestOutputKind, SamplingParams, StructuredOutputsParams
 
 __version__ = "0.1.0"
 
 _HOME = {
+    "AsyncLLM": "llmopt.async_llm",
     "LLM": "llmopt.llm",
     "CompletionOutput": "llmopt.runtime.outputs",
     "RequestOutput": "llmopt.runtime.outputs",
+    "RequestOutputKind": "llmopt.runtime.sampling",
     "SamplingParams": "llmopt.runtime.sampling",
     "StructuredOutputsParams": "llmopt.runtime.sampling",
     "BeamSearchParams": "llmopt.runtime.beam_search",
@@ -48,11 +51,13 @@ _HOME = {
 
 __all__ = [
     "LLM",
+    "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
     "Options",
     "Pass",
     "RequestOutput",
+    "RequestOutputKind",
     "SamplingParams",
     "StructuredOutputsParams",
     "errors",

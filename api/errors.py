@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from llmopt.compiler.errors import (
     BackwardError,
+    EngineDeadError,
     InputError,
     LlmoptError,
     OptionError,
@@ -18,6 +19,7 @@ from llmopt.compiler.errors import (
 
 __all__ = [
     "BackwardError",
+    "EngineDeadError",
     "InputError",
     "LlmoptError",
     "OptionError",

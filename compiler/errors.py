@@ -36,6 +36,13 @@ class RequestError(LlmoptError, RuntimeError):
     """
 
 
+class EngineDeadError(LlmoptError, RuntimeError):
+    """The engine is no more, and with it all its requests: it failed outside of any one of them, or was shut down.
+
+    The exception behind it is its `__cause__`.
+    """
+
+
 class SamplingError(RequestError):
     """No token can be chosen for one sequence: its logits hold NaN, nothing may follow, or its grammar failed.
 

@@ -62,6 +62,7 @@ class SequenceGroup:
         self.job, self.core = job, core
         self.sequences: list[SequenceState] = []
         self._outbox: Outbox | None = None
+        self._aborted = False
         self._prompt_logprobs: list[PositionLogprobs | None] = [None]
 
     def start(self, outbox: Outbox) -> Request:
@@ -103,8 +104,8 @@ class SequenceGroup:
     @property
     def is_complete(self) -> bool:
         """Whether no continuation is still to be added: where the first one fails or is aborted, no other begins."""
-        if not self.sequences:
-            return False
+        if self._aborted or not self.sequences:
+            return self._aborted
         first = self.sequences[0].request
         gone = first.published[1] and first.finish_reason in ("error", "abort")
         return gone or len(self.sequences) >= self.job.params.num_sequences
@@ -115,7 +116,8 @@ class SequenceGroup:
         return self.is_complete and all(sequence.request.published[1] for sequence in self.sequences)
 
     def abort(self) -> None:
-        """Ends what has not ended."""
+        """Ends what has not ended; nothing is added any more."""
+        self._aborted = True
         for sequence in self.sequences:
             if not sequence.request.published[1]:
                 self.core.abort(sequence.request)
@@ -127,9 +129,13 @@ class SequenceGroup:
 
     def output(self) -> RequestOutput:
         """Everything that is known now; of more than `params.n` continuations the likeliest."""
-        finished, first = self.is_finished, self.sequences[0].request
-        wanted, params = self.sequences, self.job.params
-        completions = [self._completion(sequence) for sequence in wanted]
+        finished, params = self.is_finished, self.job.params
+        if not self.sequences:
+            reason = "abort" if finished else None
+            unstarted = CompletionOutput(0, "", (), finish_reason=reason)
+            return RequestOutput("", self.job.text, tuple(self.job.prompt), (unstarted,), finished)
+        first = self.sequences[0].request
+        completions = [self._completion(sequence) for sequence in self.sequences]
         if len(completions) > params.n:
             completions.sort(key=lambda c: (c.error is not None, -(c.cumulative_logprob or 0.0)))
             completions = [

@@ -175,7 +175,8 @@ def test_commands_exist(page: str) -> None:
         if words[:1] == ["make"]:
             assert words[1] in targets, line
         if words[:1] == ["llmopt"] and page.endswith(".md") and "import" not in words[1:2]:
-            answer = CliRunner().invoke(app, [words[1], "--help"])
+            command = words[1:3] if words[1] == "bench" else words[1:2]
+            answer = CliRunner().invoke(app, [*command, "--help"])
             assert answer.exit_code == 0, line
             flags = re.findall(r"(?<![\w-])--[a-z-]+", line)
             assert all(f"{flag} " in answer.stdout for flag in flags), line

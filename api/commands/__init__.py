@@ -1,1 +1,1 @@
-"""Commands of `llmopt` that say what the compiler did: `explain`, `bisect`, `repro`; and what all commands share."""
+"""The commands of `llmopt`, one a file, and what they share."""

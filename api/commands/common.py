@@ -22,6 +22,30 @@ MaxModelLen = Annotated[
     int | None, typer.Option(help="Longest sequence, prompt included; 0 is the model's own limit [0].")
 ]
 BlockSize = Annotated[int | None, typer.Option(help="Tokens in one page of the KV cache [16].")]
+KvCacheDtype = Annotated[
+    str | None, typer.Option(help="How the KV cache stores keys and values: auto, fp8, int8 or int4 [auto].")
+]
+KvCacheMemoryBytes = Annotated[
+    int | None, typer.Option(help="Memory of the KV cache; 0 leaves it to the fraction that follows [0].")
+]
+GpuMemoryUtilization = Annotated[
+    float | None, typer.Option(help="Fraction of the available memory that the KV cache may take [0.5].")
+]
+MaxNumSeqs = Annotated[int | None, typer.Option(help="Requests that are decoded together [16].")]
+MaxNumBatchedTokens = Annotated[
+    int | None, typer.Option(help="Most tokens of one step; longer prompts take several [2048].")
+]
+EnablePrefixCaching = Annotated[
+    bool | None,
+    typer.Option(
+        "--enable-prefix-caching/--no-enable-prefix-caching",
+        help="Prompts that begin alike share what they have in common [True].",
+    ),
+]
+BatchInvariant = Annotated[
+    bool | None,
+    typer.Option("--batch-invariant", help="The same text alone and in any batch; prompts take longer [False]."),
+]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
@@ -53,7 +77,7 @@ def is_program(model: str) -> bool:
 
 
 def check_for_program(model: str, options: dict[str, Any]) -> None:
-    """A program file has its dtype and page size compiled in; asking for others must not be passed over."""
-    for name in ("dtype", "block_size"):
+    """A program file has dtype, pages and kernels compiled in; asking for others must not be passed over."""
+    for name in ("dtype", "block_size", "kv_cache_dtype", "batch_invariant"):
         if is_program(model) and name in options:
             raise OptionError(name, options[name], "nothing: a program file has it compiled in; export it again")

@@ -85,13 +85,8 @@ def _report(
         raise InputError(f"explain takes a model, an LLM, a path or nothing, got {type(model).__name__}")
     if measure or sizes:
         for graph in report.graphs:
-            _measure_step(graph, sizes, _vocabulary(model), measure)
+            _measure_step(graph, sizes, model.vocab_size, measure)
     return report
-
-
-def _vocabulary(llm: Any) -> int:
-    engine = llm._engine
-    return int(engine.info.vocab_size if engine is not None else llm._program_info.vocab_size)
 
 
 def _measure_step(graph: GraphReport, sizes: Mapping[str, int], vocabulary: int, measure: bool) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import enum
 from collections.abc import Mapping
 from dataclasses import dataclass
 
@@ -86,6 +87,20 @@ class StructuredOutputsParams:
         return next(texts, "json_object")
 
 
+class RequestOutputKind(enum.Enum):
+    """Which outputs `AsyncLLM` gives of a request, as in vLLM.
+
+    CUMULATIVE: all that is known, again and again. DELTA: what is new. FINAL_ONLY: one, at the end.
+    """
+
+    CUMULATIVE = 0
+    DELTA = 1
+    FINAL_ONLY = 2
+
+    def __repr__(self) -> str:
+        return str(self)
+
+
 @dataclass(frozen=True, kw_only=True)
 class SamplingParams:
     """How a request is continued; names and defaults as in vLLM, `typical_p` as in transformers.
@@ -117,6 +132,8 @@ class SamplingParams:
     structured_outputs: what the output must look like.
     logit_bias: token ids and what is added to their logits.
     allowed_token_ids: no other token is chosen.
+    output_kind: what `AsyncLLM` gives while the request runs; FINAL_ONLY with best_of above n, whose best are known at
+        the end. `LLM` pays no attention to it.
 
     Raises OptionError, naming option, value and what is allowed.
     """
@@ -147,6 +164,7 @@ class SamplingParams:
     structured_outputs: StructuredOutputsParams | None = None
     logit_bias: Mapping[int, float] | None = None
     allowed_token_ids: tuple[int, ...] | None = None
+    output_kind: RequestOutputKind = RequestOutputKind.CUMULATIVE
 
     def __post_init__(self) -> None:
         self._check_numbers()
@@ -157,6 +175,8 @@ class SamplingParams:
         given = self.structured_outputs
         if given is not None and not isinstance(given, StructuredOutputsParams):
             raise OptionError("structured_outputs", shortened(given), "StructuredOutputsParams or None")
+        if not isinstance(self.output_kind, RequestOutputKind):
+            raise OptionError("output_kind", shortened(self.output_kind), list(RequestOutputKind))
         self._check_together()
 
     def _check_numbers(self) -> None:

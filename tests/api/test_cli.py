@@ -113,12 +113,23 @@ def test_stream(engine: Path, expected: list[llmopt.RequestOutput]) -> None:
 def test_sampling_options_arrive(engine: Path) -> None:
     """Each option of the command line changes what its name says."""
     loaded = llmopt.load(engine)
+    hot: dict[str, object] = {"seed": 7, "temperature": 3.0}
+    choice = llmopt.StructuredOutputsParams(choice=("yes", "no"))
+    digits = llmopt.StructuredOutputsParams(regex="[0-9]{3}")
     cases: list[tuple[list[str], dict[str, object]]] = [
         (["--seed", "7"], {"seed": 7}),
         (["--seed", "7", "--temperature", "3.0"], {"seed": 7, "temperature": 3.0}),
         (["--seed", "7", "--temperature", "3.0", "--top-k", "2"], {"seed": 7, "temperature": 3.0, "top_k": 2}),
         (["--seed", "7", "--temperature", "3.0", "--top-p", "0.1"], {"seed": 7, "temperature": 3.0, "top_p": 0.1}),
         (["--seed", "7", "--temperature", "3.0", "--min-p", "0.5"], {"seed": 7, "temperature": 3.0, "min_p": 0.5}),
+        (["--seed", "7", "--temperature", "3.0", "--typical-p", "0.2"], {**hot, "typical_p": 0.2}),
+        (["--seed", "7", "--temperature", "3.0", "--presence-penalty", "2"], {**hot, "presence_penalty": 2.0}),
+        (["--temperature", "0", "--repetition-penalty", "1.9"], {"temperature": 0.0, "repetition_penalty": 1.9}),
+        (
+            ["--temperature", "0", "--choice", "yes", "--choice", "no"],
+            {"temperature": 0.0, "structured_outputs": choice},
+        ),
+        (["--temperature", "0", "--regex", "[0-9]{3}"], {"temperature": 0.0, "structured_outputs": digits}),
         (["--temperature", "0", "--stop", "o", "--stop", "x"], {"temperature": 0.0, "stop": ("o", "x")}),
         (["--temperature", "0", "--max-tokens", "3"], {"temperature": 0.0, "max_tokens": 3}),
     ]
@@ -131,14 +142,34 @@ def test_sampling_options_arrive(engine: Path) -> None:
     assert len(seen) == len(cases), "options that change nothing prove nothing"
 
 
+@needs_compiler
+def test_several_continuations_and_logprobs(engine: Path) -> None:
+    arguments = ["--seed", "5", "--max-tokens", "4", "--n", "2"]
+    found = records(run("generate", engine, "import os", *arguments, "--logprobs", "2", "--json").stdout)
+    params = llmopt.SamplingParams(seed=5, max_tokens=4, n=2, logprobs=2)
+    outputs = llmopt.load(engine).generate("import os", params)[0].outputs
+    assert [r["sequence"] for r in found] == [0, 1]
+    assert [r["token_ids"] for r in found] == [list(output.token_ids) for output in outputs]
+    for record, output in zip(found, outputs, strict=True):
+        assert output.logprobs is not None
+        expected = [[{"token_id": t, **vars(e)} for t, e in position.items()] for position in output.logprobs]
+        assert record["logprobs"] == expected
+    text = run("generate", engine, "import os", *arguments).stdout
+    assert text == "\n".join(f"==> continuation {i + 1} <==\n{o.text}\n" for i, o in enumerate(outputs))
+
+
 def test_defaults_are_those_of_the_library() -> None:
     """The numbers in the help text; the values themselves are left to the library."""
     text = " ".join(run("generate", "--help").stdout.split())
     params, options = llmopt.SamplingParams(), llmopt.Options()
-    for name in ("max_tokens", "temperature", "top_p", "top_k", "min_p"):
+    sampling = ("max_tokens", "min_tokens", "temperature", "top_p", "top_k", "min_p", "typical_p", "seed", "n")
+    sampling += ("best_of", "presence_penalty", "frequency_penalty", "repetition_penalty", "skip_special_tokens")
+    for name in (*sampling, "logprobs"):
         flag = text.split(f"--{name.replace('_', '-')} ")[1]
         assert flag.split("[")[1].split("]")[0] == str(getattr(params, name)), name
-    for name in ("dtype", "threads", "max_model_len", "block_size"):
+    engine = ("dtype", "threads", "max_model_len", "block_size", "kv_cache_dtype", "kv_cache_memory_bytes")
+    engine += ("gpu_memory_utilization", "max_num_seqs", "max_num_batched_tokens", "enable_prefix_caching")
+    for name in (*engine, "batch_invariant"):
         flag = text.split(f"--{name.replace('_', '-')} ")[1]
         assert flag.split("[")[1].split("]")[0] == str(getattr(options, name)), name
 

@@ -72,8 +72,8 @@ def test_a_stop_token_is_not_in_the_text() -> None:
     (cut,) = llm.generate(PROMPT, GREEDY.replace(stop_token_ids=[end]))
     count = ids.index(end)
     assert list(cut.outputs[0].token_ids) == ids[: count + 1]
-    assert llm._codec is not None
-    assert cut.outputs[0].text == llm._codec.decode(ids[:count])
+    assert llm._model.codec is not None
+    assert cut.outputs[0].text == llm._model.codec.decode(ids[:count])
 
 
 def test_bad_paths_and_options() -> None:
@@ -173,8 +173,8 @@ def test_chat() -> None:
     )
     talk = [{"role": "user", "content": "write a queue"}, {"role": "user", "content": "now"}]
     (output,) = llm.chat(talk, GREEDY, chat_template=template)
-    assert llm._codec is not None
-    prompt = llm._codec.encode("# user: write a queue\n# user: now\n# answer:", False)
+    assert llm._model.codec is not None
+    prompt = llm._model.codec.encode("# user: write a queue\n# user: now\n# answer:", False)
     assert list(output.prompt_token_ids) == prompt
     assert output.outputs == llm.generate([prompt], GREEDY)[0].outputs
     assert len(llm.chat([talk, talk[:1]], GREEDY, chat_template=template)) == 2

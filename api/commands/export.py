@@ -1,0 +1,56 @@
+"""`llmopt export`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+import llmopt
+from llmopt.commands.common import (
+    BatchInvariant,
+    BlockSize,
+    Dtype,
+    KvCacheDtype,
+    MaxModelLen,
+    given,
+    is_program,
+    progress,
+)
+from llmopt.compiler.errors import InputError
+
+EPILOG = """Examples:
+
+\b
+  llmopt export ./model model.engine --dtype bfloat16
+  llmopt generate model.engine "import os" """
+
+
+def export(
+    model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
+    out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; an existing one is replaced.")],
+    dtype: Dtype = None,
+    max_model_len: MaxModelLen = None,
+    block_size: BlockSize = None,
+    kv_cache_dtype: KvCacheDtype = None,
+    batch_invariant: BatchInvariant = None,
+) -> None:
+    """Compile a model and write program, weights and tokenizer to one file.
+
+    The file runs without the model's Python code, transformers or Dynamo; its kernels are compiled where it is loaded.
+    """
+    if out.is_dir() or not out.absolute().parent.is_dir():
+        raise InputError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder does not exist'}")
+    if is_program(model):
+        raise InputError(f"{model} is a program file already")
+    with progress("loading and compiling"):
+        options = given(
+            dtype=dtype,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            kv_cache_dtype=kv_cache_dtype,
+            batch_invariant=batch_invariant,
+        )
+        llmopt.export(model, out, **options)
+    typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

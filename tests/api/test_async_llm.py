@@ -1,0 +1,169 @@
+"""`llmopt.AsyncLLM` over a trained model: the outputs of `LLM`, as they come."""
+
+from __future__ import annotations
+
+import asyncio
+import gc
+import threading
+import time
+from collections.abc import AsyncGenerator, Iterator
+from pathlib import Path
+
+import pytest
+from models.target import PROMPT, target_llm
+
+from llmopt import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams, StructuredOutputsParams
+from llmopt.errors import EngineDeadError, InputError, OptionError
+from llmopt.runtime.text import REPLACEMENT
+
+PROMPTS = [PROMPT, "import os\nimport sys\n", "class Queue:\n    def __init__(self", "# ünï 🙂\n"]
+GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+DELTA = RequestOutputKind.DELTA
+
+
+@pytest.fixture(scope="module")
+def program(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Loads faster than the model compiles."""
+    path = tmp_path_factory.mktemp("program") / "target.engine"
+    target_llm().export(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def engine(program: Path) -> Iterator[AsyncLLM]:
+    found = AsyncLLM(program, max_num_seqs=8)
+    yield found
+    found.shutdown()
+    core = found._engine.core
+    core.scheduler.check_books()
+    assert core.cache.pool.num_held == 0 and not core.has_unfinished
+
+
+async def all_of(outputs: AsyncGenerator[RequestOutput, None]) -> list[RequestOutput]:
+    return [output async for output in outputs]
+
+
+def test_many_at_once_equal_llm(engine: AsyncLLM) -> None:
+    params = [
+        GREEDY,
+        GREEDY.replace(max_tokens=5),
+        SamplingParams(temperature=1.8, seed=3, max_tokens=24),
+        SamplingParams(temperature=1.2, seed=4, max_tokens=12, n=2, logprobs=1),
+        GREEDY.replace(stop=["\n"]),
+    ]
+    cases = [(prompt, each) for prompt in PROMPTS for each in params]
+    expected = target_llm().generate([prompt for prompt, _ in cases], [each for _, each in cases])
+
+    async def main() -> list[list[RequestOutput]]:
+        return await asyncio.gather(*(all_of(engine.generate(prompt, each)) for prompt, each in cases))
+
+    for want, got in zip(expected, asyncio.run(main()), strict=True):
+        last = got[-1]
+        assert (last.prompt, last.prompt_token_ids, last.finished) == (want.prompt, want.prompt_token_ids, True)
+        for one, other in zip(last.outputs, want.outputs, strict=True):
+            assert (one.token_ids, one.text, one.finish_reason, one.stop_reason) == (
+                other.token_ids,
+                other.text,
+                other.finish_reason,
+                other.stop_reason,
+            )
+    assert any(len(got) > 3 for got in asyncio.run(main())), "nothing came before the end"
+
+
+def test_deltas_add_up_to_the_text(engine: AsyncLLM) -> None:
+    params = SamplingParams(temperature=1.8, seed=3, max_tokens=40, output_kind=DELTA)
+    for prompt in PROMPTS:
+        (whole,) = target_llm().generate(prompt, params)
+        parts = [output.outputs[0] for output in asyncio.run(all_of(engine.generate(prompt, params)))]
+        assert "".join(part.text for part in parts) == whole.outputs[0].text
+        assert sum((part.token_ids for part in parts), ()) == whole.outputs[0].token_ids
+        assert all(REPLACEMENT not in part.text for part in parts[:-1])
+        assert parts[-1].finish_reason == whole.outputs[0].finish_reason
+
+
+def test_leaving_early_aborts(engine: AsyncLLM) -> None:
+    """By break, by closing the generator, and by cancelling the task that reads it."""
+    params = GREEDY.replace(max_tokens=200, ignore_eos=True)
+    aborted = engine.get_metrics().requests_aborted
+
+    async def main() -> None:
+        async for _ in engine.generate(PROMPT, params):
+            break
+        outputs = engine.generate(PROMPT, params)
+        await anext(outputs)
+        await outputs.aclose()
+        while engine.get_metrics().requests_aborted < aborted + 2:
+            await asyncio.sleep(0.001)
+        task = asyncio.create_task(all_of(engine.generate(PROMPT, params)))
+        while engine.get_metrics().num_requests_running == 0:
+            await asyncio.sleep(0.001)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+        engine.generate(PROMPT, params)  # never begun: nothing happens
+
+    asyncio.run(main())
+    deadline = time.monotonic() + 60
+    while engine.get_metrics().num_requests_running and time.monotonic() < deadline:
+        time.sleep(0.002)
+    metrics = engine.get_metrics()
+    assert metrics.requests_aborted - aborted == 3
+    assert metrics.num_requests_running == metrics.num_requests_waiting == 0
+
+
+def test_abort_by_name(engine: AsyncLLM) -> None:
+    async def main() -> None:
+        outputs = engine.generate(PROMPT, GREEDY.replace(max_tokens=200, ignore_eos=True), "mine")
+        first = await anext(outputs)
+        assert first.request_id == "mine" and not first.finished
+        await engine.abort(["mine", "nobody's"])
+        rest = await all_of(outputs)
+        assert rest[-1].outputs[0].finish_reason == "abort" and rest[-1].finished
+        await engine.abort("mine")
+
+    asyncio.run(main())
+
+
+def test_chat_and_structured_output(engine: AsyncLLM) -> None:
+    template = "{% for m in messages %}# {{ m.role }}: {{ m.content }}\n{% endfor %}# {{ mood }}:"
+    talk = [{"role": "user", "content": "write a queue"}]
+    (expected,) = target_llm().chat(talk, GREEDY, chat_template=template, mood="glad")
+    outputs = asyncio.run(all_of(engine.chat(talk, GREEDY, chat_template=template, mood="glad")))
+    assert outputs[-1].outputs == expected.outputs and outputs[-1].prompt_token_ids == expected.prompt_token_ids
+    choice = GREEDY.replace(structured_outputs=StructuredOutputsParams(choice=("yes", "no")))
+    assert asyncio.run(all_of(engine.generate(PROMPT, choice)))[-1].outputs[0].text in ("yes", "no")
+    with pytest.raises(InputError, match="no chat template"):
+        asyncio.run(all_of(engine.chat(talk, GREEDY)))
+
+
+def test_best_of_is_known_at_the_end(engine: AsyncLLM) -> None:
+    params = SamplingParams(temperature=1.5, seed=5, max_tokens=8, n=2, best_of=4)
+    with pytest.raises(OptionError, match=r"output_kind.*best_of"):
+        asyncio.run(all_of(engine.generate(PROMPT, params)))
+    (output,) = asyncio.run(all_of(engine.generate(PROMPT, params.replace(output_kind=RequestOutputKind.FINAL_ONLY))))
+    assert output.outputs == target_llm().generate(PROMPT, params)[0].outputs
+
+
+def test_the_end_of_an_engine(program: Path) -> None:
+    """`async with` ends it; one that nobody holds any more ends by itself."""
+
+    async def main() -> AsyncLLM:
+        async with AsyncLLM(program) as engine:
+            await engine.check_health()
+            assert engine.is_running and not engine.errored
+            await all_of(engine.generate(PROMPT, GREEDY))
+        with pytest.raises(EngineDeadError, match="was shut down"):
+            await all_of(engine.generate(PROMPT, GREEDY))
+        with pytest.raises(EngineDeadError):
+            await engine.check_health()
+        engine.shutdown()
+        assert not engine.is_running and not engine.errored
+        return engine
+
+    asyncio.run(main())
+    before = {thread for thread in threading.enumerate() if thread.name.startswith("llmopt-")}
+    forgotten = AsyncLLM(program)
+    asyncio.run(all_of(forgotten.generate(PROMPT, GREEDY)))
+    del forgotten
+    gc.collect()
+    assert {thread for thread in threading.enumerate() if thread.name.startswith("llmopt-")} == before
