@@ -209,6 +209,13 @@ class LLM:
             outputs.append(BeamSearchOutput(text, tuple(prompt), tuple(sequences)))
         return outputs
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` takes where no parameters are given: those of the model's generation configuration.
+
+        A program file has none. Raises OptionError for values that the configuration should not have.
+        """
+        return SamplingParams(**self._engine.info.sampling_defaults) if self._engine is not None else SamplingParams()
+
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""
         return self._engine_core(fresh=False).metrics()
@@ -260,7 +267,7 @@ class LLM:
     ) -> list[SequenceGroup]:
         """One group for each prompt, all of them checked."""
         texts, ids = self._encode(prompts)
-        params = sampling_params or SamplingParams()
+        params = sampling_params or self.get_default_sampling_params()
         many = [params] * len(ids) if isinstance(params, SamplingParams) else list(params)
         if len(many) != len(ids):
             raise InputError(f"{len(ids)} prompts but {len(many)} sampling parameters")
