@@ -137,6 +137,10 @@ class AsyncLLM:
         """Raises EngineDeadError unless requests are taken."""
         self._engine.check_alive()
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` takes where no parameters are given; see `LLM.get_default_sampling_params`."""
+        return self._model.default_sampling_params()
+
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""
         return self._engine.metrics()

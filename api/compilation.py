@@ -155,9 +155,10 @@ class CompiledStep:
     report: GraphReport
     arguments: list[int | None]
 
-    def bind(self, captured_arguments: Sequence[Any]) -> None:
-        """Binds the weights, given the captured graph's arguments as they are now."""
-        self.program.bind(self.binder.resolve([None if i is None else captured_arguments[i] for i in self.arguments]))
+    def bind(self, captured_arguments: Sequence[Any], *, consume: bool = False) -> None:
+        """Binds the weights, given the captured graph's arguments as they are now; see `WeightBinder.resolve`."""
+        arguments = [None if i is None else captured_arguments[i] for i in self.arguments]
+        self.program.bind(self.binder.resolve(arguments, consume=consume))
 
 
 def compile_step(captured: Captured, options: Options) -> CompiledStep:

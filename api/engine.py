@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from llmopt.compilation import CompiledStep, compile_step
+from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.huggingface import ModelInfo, describe
@@ -28,7 +29,7 @@ class ModelEngine:
         report: gets an entry for each compiled graph.
         owned: nobody else has the module, so its weights stay what they are, and a later generation may use the keys
             and values of an earlier one. Otherwise each generation starts without: not every write to a weight can be
-            seen.
+            seen. What an owned module's weights were transposed or merged from gives up its memory.
     """
 
     def __init__(self, model: torch.nn.Module, options: Options, report: Report, *, owned: bool = False) -> None:
@@ -50,24 +51,41 @@ class ModelEngine:
             **dict(module.named_parameters(remove_duplicate=False)),
         }
 
-    def program(self) -> StepProgram:
-        """The step program for the module's present dtype and structure, bound to its present weights."""
+    def program(self, embeddings: bool = False) -> StepProgram:
+        """The step program for the module's present dtype and structure, bound to its present weights.
+
+        With `embeddings`, one that takes `inputs_embeds[T, H]` in place of token ids, over the same pages. Raises
+        UnsupportedError for a module that has none.
+        """
+        if embeddings and (self._owned or self.info.forward_embeddings is None):
+            raise UnsupportedError("only a transformers model of the caller's takes embeddings in place of token ids")
+        if self._owned and self._compiled:
+            ((step, _),) = self._compiled.values()
+            return step.program
         tensors = self._tensors()
         # Tied weights are one argument of the graph, so a tie that is broken later needs another graph.
         first: dict[int, str] = {}
         ties = [first.setdefault(id(t), name) for name, t in tensors.items()]
         layouts = ((name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items())
-        signature = (*layouts, *ties)
+        signature = (embeddings, *layouts, *ties)
         if signature not in self._compiled:
-            self._compiled[signature] = self._compile(tensors)
+            self._compiled[signature] = self._compile(tensors, embeddings)
         step, names = self._compiled[signature]
         current = [tensors.get(name) if isinstance(name, str) else name for name in names]
-        step.bind(current)
+        step.bind(current, consume=self._owned)
         return step.program
 
-    def _compile(self, tensors: Mapping[str, torch.Tensor]) -> tuple[CompiledStep, list[str | torch.Tensor | None]]:
+    def _compile(
+        self, tensors: Mapping[str, torch.Tensor], embeddings: bool
+    ) -> tuple[CompiledStep, list[str | torch.Tensor | None]]:
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        captured, arguments = trace_forward(self.info.forward, self.info.max_model_len - 1, device)
+        length, forward = self.info.max_model_len - 1, self.info.forward_embeddings
+        if embeddings and forward is not None:
+            weight = self.info.embedding.weight
+            shape = int(weight.shape[1]), weight.dtype
+            captured, arguments = trace_forward(forward, length, device, embeddings=shape)
+        else:
+            captured, arguments = trace_forward(self.info.forward, length, device)
         by_identity = {id(tensor): name for name, tensor in tensors.items()}
         names: list[str | torch.Tensor | None] = []
         for index, argument in enumerate(arguments):
@@ -78,6 +96,9 @@ class ModelEngine:
             names.append(name if name is not None else argument)
             captured.weights[index] = name or captured.weights[index]
         step = compile_step(captured, self.options)
+        if embeddings:
+            # It computes prompts only; the graphs of decode steps hold token ids.
+            step.program.graphs = None
         self.report.graphs.append(step.report)
         return step, names
 

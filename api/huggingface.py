@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+import logging
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from llmopt.checkpoint import check_weights, read_json
 from llmopt.compiler.errors import InputError, UnsupportedError
+from llmopt.folder_tokenizer import FolderTokenizer
+from llmopt.folder_tokenizer import load_tokenizer as read_tokenizer
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -20,6 +26,9 @@ class ModelInfo:
     max_model_len: longest sequence.
     vocab_size: number of token ids that the embedding holds.
     eos_token_ids: tokens that end a text.
+    embedding: what makes `inputs_embeds` of token ids, None for modules that take none.
+    forward_embeddings: `inputs_embeds[1, S, H] -> logits[1, S, V]`, None likewise.
+    sampling_defaults: fields of `SamplingParams` that the model's generation configuration sets.
     """
 
     module: torch.nn.Module
@@ -27,7 +36,16 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    embedding: Any = None
+    forward_embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
+    sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
+
+# Settings of a GenerationConfig that vLLM takes as defaults, and the names of the same in SamplingParams.
+_SAMPLING_DEFAULTS = {
+    **{name: name for name in ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")},
+    "max_new_tokens": "max_tokens",
+}
 
 # Rotary factors that change with the length of the sequence: one graph cannot serve requests of different lengths.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
@@ -61,12 +79,20 @@ def describe(model: torch.nn.Module) -> ModelInfo:
         result = original(model, input_ids=ids, use_cache=False, return_dict=True)
         return result.logits
 
+    def forward_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
+        result = original(model, inputs_embeds=embeddings, use_cache=False, return_dict=True)
+        return result.logits
+
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or _DEFAULT_LENGTH
     embedding = model.get_input_embeddings()  # type: ignore[operator]
-    eos = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    generation = getattr(model, "generation_config", None)
+    eos = getattr(generation, "eos_token_id", None)
     ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
-    return ModelInfo(model, forward, int(length), int(embedding.weight.shape[0]), ids)
+    given = {ours: getattr(generation, theirs, None) for theirs, ours in _SAMPLING_DEFAULTS.items()}
+    defaults = {name: value for name, value in given.items() if value is not None}
+    size = int(embedding.weight.shape[0])
+    return ModelInfo(model, forward, int(length), size, ids, embedding, forward_embeddings, defaults)
 
 
 def _describe_plain(model: torch.nn.Module) -> ModelInfo:
@@ -84,26 +110,99 @@ def _rope_types(config: Any) -> set[str]:
     return {str(p.get("rope_type", p.get("type", "default"))) for p in per_layer or [parameters]}
 
 
-def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
-    """A causal language model from a local Hugging Face folder. Never reaches for the network.
+def generation_mode(config: Any) -> str:
+    """What a GenerationConfig asks for, in transformers' words: "greedy_search", "sample", "beam_search", ..."""
+    mode = config.get_generation_mode()
+    return str(getattr(mode, "value", mode))
 
-    Raises InputError when there is no such folder.
+
+def causal_output(logits: torch.Tensor, cache: Mapping[str, Any]) -> Any:
+    """What a forward returns to transformers' decoding loop; `cache` is one entry, under forward's own name for it."""
+    from transformers.modeling_outputs import CausalLMOutputWithPast
+
+    return CausalLMOutputWithPast(logits=logits, **cache)
+
+
+def dynamic_cache(model: Any, layers: Sequence[tuple[torch.Tensor, torch.Tensor]]) -> Any:
+    """A DynamicCache with these keys and values `[B, heads, S, size]` of the model's layers."""
+    from transformers import DynamicCache
+
+    cache = DynamicCache(config=model.config.get_text_config(decoder=True))
+    for layer, (keys, values) in enumerate(layers):
+        cache.update(keys, values, layer)
+    return cache
+
+
+def with_field(output: Any, name: str, value: Any) -> Any:
+    """A copy of one of transformers' output objects with another value of the field `name`."""
+    return type(output)(**{**output, name: value})
+
+
+def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
+    """A causal language model from a local Hugging Face folder. Never reaches for the network, nor runs its code.
+
+    The module is built without memory. Weights are views of the mapped safetensors files; where they have another
+    `dtype`, or transformers merges several into one (experts), they are computed one by one. What is allocated
+    therefore never exceeds the result and one weight.
+
+    Raises InputError for a folder that is missing, damaged or does not hold every weight of the model, and
+    UnsupportedError for a type of model that transformers does not know or that is no causal language model.
     """
     folder = _folder(path)
+    config = read_json(folder / "config.json")
+    check_weights(folder, config.get("transformers_weights"))
+    _check_type(folder, config)
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(
+            folder,
+            dtype=dtype or "auto",
+            local_files_only=True,
+            use_safetensors=True,
+            trust_remote_code=False,
+            output_loading_info=True,
+        )
+    except ImportError as error:
+        raise UnsupportedError(f"{folder} needs a package that is not there: {_first_line(error)}") from error
+    except MemoryError:
+        raise
+    # A folder comes from outside: what its configuration says may make transformers fail in any way.
+    except Exception as error:
+        raise InputError(f"{folder} cannot be loaded: {_first_line(error)}") from error
+    for kind in ("missing_keys", "mismatched_keys", "error_msgs"):
+        if names := sorted(map(str, info[kind])):
+            # transformers would go on with random values.
+            raise InputError(f"{folder}: {len(names)} {kind} of {type(model).__name__}, the first is {names[0]}")
+    if names := sorted(map(str, info["unexpected_keys"])):
+        log.warning("%s: %d weights that %s does not use: %s", folder, len(names), type(model).__name__, names[0])
     return model.eval()
 
 
-def load_tokenizer(path: str | Path) -> Any:
-    """The tokenizer of a local Hugging Face folder, as a `tokenizers.Tokenizer`."""
-    from tokenizers import Tokenizer
+def _check_type(folder: Path, config: Mapping[str, Any]) -> None:
+    """Raises for a type of model that transformers would need code of the folder's for, or that it cannot run."""
+    import transformers
+    from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-    file = _folder(path) / "tokenizer.json"
-    if not file.exists():
-        raise InputError(f"{file} does not exist; pass token ids, or a tokenizer")
-    return Tokenizer.from_file(str(file))
+    kind = config.get("model_type")
+    if not isinstance(kind, str):
+        raise InputError(f"{folder / 'config.json'} has no model_type")
+    if kind not in CONFIG_MAPPING:
+        code = "; code that comes with a model (auto_map) is never run" if "auto_map" in config else ""
+        known = f"transformers {transformers.__version__}"
+        raise UnsupportedError(f"{folder}: {known} does not know the model type {kind!r}{code}")
+    if kind not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        raise UnsupportedError(f"{folder}: the model type {kind!r} has no causal language model in transformers")
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)
+
+
+def load_tokenizer(path: str | Path) -> FolderTokenizer:
+    """The tokenizer of a local Hugging Face folder with its chat template; errors as `folder_tokenizer` says."""
+    return read_tokenizer(_folder(path))
 
 
 def _folder(path: str | Path) -> Path:

@@ -157,6 +157,13 @@ class LLM:
             outputs.append(BeamSearchOutput(text, tuple(prompt), tuple(sequences)))
         return outputs
 
+    def get_default_sampling_params(self) -> SamplingParams:
+        """What `generate` takes where no parameters are given: those of the model's generation configuration.
+
+        A program file has none. Raises OptionError for values that the configuration should not have.
+        """
+        return self._model.default_sampling_params()
+
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""
         return self._engine_core(fresh=False).metrics()

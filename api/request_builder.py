@@ -77,7 +77,7 @@ class RequestBuilder:
         Whether the engine could serve them is for `SequenceGroup` to check.
         """
         texts, ids = self.encode(prompts)
-        given: Any = SamplingParams() if sampling_params is None else sampling_params
+        given: Any = self._model.default_sampling_params() if sampling_params is None else sampling_params
         many: list[SamplingParams] = list(given) if isinstance(given, list | tuple) else [given] * len(ids)
         for each in many:
             if not isinstance(each, SamplingParams):

@@ -13,6 +13,7 @@ from llmopt.compiler.report import Report
 from llmopt.huggingface import load_model, load_tokenizer
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.program_file import LoadedProgram, load_program, save_program
+from llmopt.runtime.sampling import SamplingParams
 from llmopt.runtime.text import TextCodec
 
 if TYPE_CHECKING:
@@ -81,6 +82,10 @@ class ServedModel:
     def eos_token_ids(self) -> tuple[int, ...]:
         """Tokens that end a text."""
         return self._engine.info.eos_token_ids if self._engine is not None else self._program_info.eos_token_ids
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's generation configuration says; see `LLM.get_default_sampling_params`."""
+        return SamplingParams(**self._engine.info.sampling_defaults) if self._engine is not None else SamplingParams()
 
     def core(self, fresh: bool = True) -> EngineCore:
         """The engine, compiled when first asked for; `fresh` looks whether the weights have changed."""

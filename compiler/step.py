@@ -10,6 +10,7 @@ from llmopt.compiler.kv_formats import row_bytes
 
 # Inputs of a step over T tokens of B requests, of which the logits of R rows are wanted:
 # input_ids[T], positions[T], slot_mapping[T], cu_seqlens_q[B + 1], seq_lens[B], block_tables[B, N], logits_indices[R].
+# A step over embeddings has them where others have token ids: input_ids[T, H], of the model's dtype.
 STEP_INPUTS: dict[str, torch.dtype] = {
     "input_ids": torch.int64,
     "positions": torch.int64,

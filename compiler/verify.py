@@ -188,7 +188,9 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
     }
     made = []
     for node in nodes:
-        if node.name in step:
+        if node.name == "input_ids" and tensor(node).ndim == 2:  # embeddings of the tokens
+            made.append(_random_tensor([sum(counts), int(tensor(node).shape[1])], tensor(node).dtype, rng))
+        elif node.name in step:
             made.append(step[node.name].to(STEP_INPUTS[node.name]))
         elif node in caches:
             made.append(_random_tensor([sum(needed) + 1, *map(int, tensor(node).shape[1:])], tensor(node).dtype, rng))

@@ -1,8 +1,8 @@
 """Turns a cache-less causal model into one step over a ragged batch with a paged KV cache.
 
-The captured graph computes `logits[1, S, V]` from `input_ids[1, S]`. Nothing in it knows about caches. If all that
-mixes positions is causal attention, then the S rows may as well be the tokens of many requests, provided that attention
-looks up each request's own keys and that positions are given instead of counted.
+The captured graph computes `logits[1, S, V]` from `input_ids[1, S]`, or from `inputs_embeds[1, S, H]`. Nothing in it
+knows about caches. If all that mixes positions is causal attention, then the S rows may as well be the tokens of many
+requests, provided that attention looks up each request's own keys and that positions are given instead of counted.
 """
 
 from __future__ import annotations
@@ -87,12 +87,13 @@ class InsertKVCache(Pass):
 
 
 def _inputs(graph: fx.Graph) -> tuple[Node | None, Node]:
-    """The sequence length and the token ids: all that a cache-less forward may take besides weights."""
+    """The sequence length, and token ids or embeddings: all that a cache-less forward may take besides weights."""
     user = [n for n in placeholders(graph) if not n.meta.get("weight")]
     ids = [n for n in user if is_tensor(n)]
     sizes = [n for n in user if not is_tensor(n)]
-    if len(ids) != 1 or len(sizes) > 1 or tensor(ids[0]).ndim != 2 or tensor(ids[0]).shape[0] != 1:
-        raise UnsupportedError(f"a step graph is made from input_ids[1, S] alone, not from {[n.name for n in user]}")
+    if len(ids) != 1 or len(sizes) > 1 or tensor(ids[0]).ndim not in (2, 3) or tensor(ids[0]).shape[0] != 1:
+        names = [n.name for n in user]
+        raise UnsupportedError(f"a step graph is made from input_ids[1, S] or inputs_embeds[1, S, H], not from {names}")
     return (sizes[0] if sizes else None), ids[0]
 
 
@@ -108,7 +109,7 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
     tokens = tensor(ids).shape[1]
     seqs, blocks, rows = (_new_size(rewriter, n) for n in ("num_seqs", "max_blocks", "num_rows"))
     shapes: dict[str, tuple[Any, ...]] = {
-        "input_ids": (tokens,),
+        "input_ids": (tokens, *tensor(ids).shape[2:]),
         "positions": (tokens,),
         "slot_mapping": (tokens,),
         "cu_seqlens_q": (seqs + 1,),
@@ -117,7 +118,7 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
         "logits_indices": (rows,),
     }
     first = placeholders(graph)[0]
-    for name, dtype in STEP_INPUTS.items():
+    for name, dtype in {**STEP_INPUTS, "input_ids": tensor(ids).dtype}.items():
         with graph.inserting_before(first):
             node = graph.placeholder(name)
         with rewriter.mode:

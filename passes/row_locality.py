@@ -129,9 +129,7 @@ class RowLocality:
         if target in (aten.floor_divide.default, aten.floor_divide.Scalar):  # pointwise, but not tagged so
             return self._aligned
         if target in (aten.matmul.default, aten.mm.default, aten.bmm.default, llmopt_ops.batched_linear.default):
-            return lambda n, inputs: (
-                inputs == [n.args[0]] and self.row_dim(tensor(inputs[0]), n) != tensor(inputs[0]).ndim - 1
-            )
+            return self._product
         spec = spec_of(target)
         if spec is not None and spec.row_local:  # a user's op, by its own declaration
             return lambda n, inputs: all(self.row_dim(tensor(x), x) != tensor(x).ndim - 1 for x in inputs)
@@ -152,6 +150,14 @@ class RowLocality:
             return False
         dims = dims if isinstance(dims, list | tuple) else [dims]
         return all(self.row_dim(tensor(x), x) not in [int(d) % tensor(x).ndim for d in dims] for x in inputs)
+
+    def _product(self, node: Node, inputs: list[Node]) -> bool:
+        """Rows of the first factor, or columns of the second one (rope's frequencies times positions)."""
+        last = tensor(inputs[0]).ndim - 1
+        row = self.row_dim(tensor(inputs[0]), node)
+        if inputs == [node.args[1]] and node.target is not llmopt_ops.batched_linear.default:
+            return last > 0 and row == last
+        return inputs == [node.args[0]] and row != last
 
     def _keeps_rows(self, node: Node, inputs: list[Node]) -> bool:
         return self.row_dim(tensor(node), node) is not None

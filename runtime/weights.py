@@ -6,13 +6,15 @@ transposed copy, `1 + weight`) is kept under the identity and version of its sou
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
-from torch.fx.node import Node
+from torch.fx.node import Node, map_aggregate, map_arg
 
+from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.graph import placeholders
 
 Tensor = torch.Tensor
@@ -34,45 +36,90 @@ class WeightBinder:
     def __init__(self, graph: fx.Graph, weights: Sequence[Node]) -> None:
         index = {node: i for i, node in enumerate(placeholders(graph))}
         self.direct: list[int | None] = [index.get(node) for node in weights]
-        derived = [node for node in weights if node not in index]
-        self._recipe, sources = _subgraph(graph, derived)
-        self.sources = [index[node] for node in sources]
+        # One at a time, so that what a weight is computed from can be let go before the next one is computed.
+        self._recipes = [_Recipe(graph, node, index) for node in weights if node not in index]
+        self.sources = sorted({i for recipe in self._recipes for i in recipe.sources})
         self._key: tuple[tuple[int, int], ...] | None = None
         self._made: list[Tensor] = []
+        self._consumed = False
 
-    def resolve(self, arguments: Sequence[Any]) -> list[Tensor]:
-        """The weights in slot order, given the graph's arguments; derived ones are made only when a source changed."""
-        if len(self._made) or self._recipe is not None:
+    def resolve(self, arguments: Sequence[Any], *, consume: bool = False) -> list[Tensor]:
+        """The weights in slot order, given the graph's arguments; derived ones are made only when a source changed.
+
+        With `consume`, arguments that only derived weights are made of give up their memory as soon as they can, and
+        hold NaN from then on: for arguments that nobody else needs. Derived weights are never made again then.
+        """
+        if self._recipes and not self._consumed:
             inputs = [arguments[i] for i in self.sources]
             key = tuple((t.data_ptr(), _version(t)) for t in inputs)
             if key != self._key or -1 in (version for _, version in key) or not self._made:
-                with torch.no_grad():
-                    self._made = list(self._recipe(*inputs)) if self._recipe is not None else []
-                self._key = key
+                self._made = self._make(arguments, consume)
+                self._key, self._consumed = key, consume
         made = iter(self._made)
         return [next(made) if i is None else arguments[i].detach() for i in self.direct]
+
+    def _make(self, arguments: Sequence[Any], consume: bool) -> list[Tensor]:
+        last = {i: recipe for recipe in self._recipes for i in recipe.sources}
+        kept = set(self.direct)
+        made = []
+        for recipe in self._recipes:
+            with torch.no_grad():
+                inputs = [arguments[i] for i in recipe.sources]
+                result = recipe(*inputs)
+                # A view keeps all of its source's memory, which is none the less.
+                bases = {tensor.untyped_storage().data_ptr() for tensor in inputs}
+                if consume and result.untyped_storage().data_ptr() not in bases:
+                    for i, tensor in zip(recipe.sources, inputs, strict=True):
+                        if last[i] is recipe and i not in kept:
+                            _let_go(tensor)
+            made.append(result)
+        return made
 
     def refresh(self) -> None:
         """Forgets what was derived, for writes that no version counts (through `.data` or another process)."""
         self._key = None
 
 
-def _subgraph(graph: fx.Graph, wanted: Sequence[Node]) -> tuple[fx.GraphModule | None, list[Node]]:
-    """A module that computes `wanted` from the placeholders it returns beside it."""
-    if not wanted:
-        return None, []
-    needed: set[Node] = set()
-    stack = list(wanted)
-    while stack:
-        node = stack.pop()
-        if node not in needed:
-            needed.add(node)
-            stack.extend(node.all_input_nodes)
-    copy, mapping, sources = fx.Graph(), dict[Node, Node](), []
-    for node in graph.nodes:
-        if node in needed:
-            mapping[node] = copy.node_copy(node, lambda n: mapping[n])
-            if node.op == "placeholder":
-                sources.append(node)
-    copy.output([mapping[node] for node in wanted])
-    return fx.GraphModule({}, copy), sources
+def _let_go(tensor: Tensor) -> None:
+    """Frees the memory of a tensor in place; its shape stays, and whoever reads it sees NaN."""
+    value = float("nan") if tensor.is_floating_point() else 0
+    tensor.data = torch.full((1,), value, dtype=tensor.dtype, device=tensor.device).expand(tensor.shape)
+
+
+@dataclass(frozen=True)
+class _Place:
+    """Stands for a value that is computed before, in the arguments of a call."""
+
+    index: int
+
+
+class _Recipe:
+    """How one weight is computed from placeholders; `sources` are their places. Holds no node of the graph."""
+
+    def __init__(self, graph: fx.Graph, wanted: Node, index: Mapping[Node, int]) -> None:
+        needed: set[Node] = set()
+        stack = [wanted]
+        while stack:
+            node = stack.pop()
+            if node not in needed:
+                needed.add(node)
+                stack.extend(node.all_input_nodes)
+        order = [node for node in graph.nodes if node in needed]
+        inputs = [node for node in order if node.op == "placeholder"]
+        calls = [node for node in order if node.op != "placeholder"]
+        place = {node: _Place(i) for i, node in enumerate([*inputs, *calls])}
+        self.sources = [index[node] for node in inputs]
+        self._calls: list[tuple[Callable[..., Any], Any, Any]] = []
+        for node in calls:
+            if not callable(node.target):
+                raise VerificationError(f"a weight is computed by {node.op} {node.target}")
+            arguments = map_arg((node.args, node.kwargs), lambda n: place[n])
+            self._calls.append((node.target, *arguments))
+
+    def __call__(self, *inputs: Tensor) -> Tensor:
+        values: list[Any] = list(inputs)
+        for function, args, kwargs in self._calls:
+            args, kwargs = map_aggregate((args, kwargs), lambda a: values[a.index] if isinstance(a, _Place) else a)
+            values.append(function(*args, **kwargs))
+        result: Tensor = values[-1]
+        return result

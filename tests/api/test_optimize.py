@@ -13,11 +13,7 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
-    LogitsProcessorList,
-    MaxLengthCriteria,
     PreTrainedModel,
-    StoppingCriteriaList,
-    TemperatureLogitsWarper,
 )
 
 import llmopt
@@ -111,42 +107,18 @@ def test_padding_is_inferred_as_transformers_does() -> None:
 IDS = torch.randint(8, VOCABULARY, (1, 6), generator=torch.Generator().manual_seed(1))
 
 
-class Collect:
-    """A streamer."""
-
-    def __init__(self) -> None:
-        self.ended = False
-
-    def put(self, value: Tensor) -> None:
-        """Takes tokens."""
-
-    def end(self) -> None:
-        """The last ones came."""
-        self.ended = True
-
-
 @pytest.mark.parametrize(
     ("reason", "arguments"),
     [
-        ("sampling", {"inputs": IDS, "do_sample": True}),
-        ("beam search", {"inputs": IDS, "num_beams": 2}),
-        (
-            "argument logits_processor",
-            {"inputs": IDS, "logits_processor": LogitsProcessorList([TemperatureLogitsWarper(2.0)])},
-        ),
-        (
-            "argument stopping_criteria",
-            {"inputs": IDS, "stopping_criteria": StoppingCriteriaList([MaxLengthCriteria(7)])},
-        ),
-        ("argument streamer", {"inputs": IDS, "streamer": Collect()}),
-        ("argument inputs_embeds", {"inputs_embeds": torch.randn(1, 4, 64)}),
-        ("argument prefix_allowed_tokens_fn", {"inputs": IDS, "prefix_allowed_tokens_fn": lambda batch, ids: [3, 4]}),
-        ("repetition_penalty=1.3", {"inputs": IDS, "repetition_penalty": 1.3}),
-        ("no_repeat_ngram_size=2", {"inputs": IDS, "no_repeat_ngram_size": 2}),
-        ("min_new_tokens=2", {"inputs": IDS, "min_new_tokens": 2}),
-        ("output_scores=True", {"inputs": IDS, "output_scores": True, "return_dict_in_generate": True}),
+        ("inputs_embeds and input_ids", {"inputs_embeds": torch.randn(1, 6, 64), "input_ids": IDS}),
+        ("argument position_ids", {"inputs": IDS, "position_ids": torch.arange(6)[None]}),
+        ("argument output_attentions", {"inputs": IDS, "output_attentions": True, "return_dict_in_generate": True}),
+        ("argument negative_prompt_ids", {"inputs": IDS, "guidance_scale": 1.5, "negative_prompt_ids": IDS}),
+        ("guidance_scale=1.5", {"inputs": IDS, "guidance_scale": 1.5}),
         ("prompt_lookup_num_tokens=2", {"inputs": IDS, "prompt_lookup_num_tokens": 2}),
+        ("argument assistant_model", {"inputs": IDS, "assistant_model": build("llama")}),
         ("not on the left", {"inputs": IDS, "attention_mask": torch.tensor([[1, 1, 1, 1, 0, 0]])}),
+        ("not on the left", {"inputs": IDS, "do_sample": True, "attention_mask": torch.tensor([[1, 0, 1, 1, 1, 1]])}),
     ],
 )
 def test_other_ways_to_generate_stay_with_transformers(reason: str, arguments: dict[str, Any]) -> None:

@@ -89,6 +89,11 @@ def test_a_step_equals_the_model() -> None:
     assert report.matched == 3 and report.notes == ["2 attention layers"]  # positions, and each attention
 
 
+def _frequencies() -> Tensor:
+    """`[1, HIDDEN, 1]`: times positions as a row, this is rope as older transformers write it."""
+    return (0.1 * torch.arange(HIDDEN))[None, :, None]
+
+
 ACCEPTED: dict[str, Extra] = {
     "pointwise": lambda m, x, p: x.tanh() * 2 + x,
     "softmax over features": lambda m, x, p: x.softmax(-1) + x,
@@ -98,6 +103,7 @@ ACCEPTED: dict[str, Extra] = {
     "squared positions": lambda m, x, p: x + 0.01 * (p * p)[None, :, None],
     "halved positions": lambda m, x, p: x + m.places(p // 2),
     "a table of waves": lambda m, x, p: x + torch.sin(p[:, None] / 10.0 ** (torch.arange(HIDDEN) / HIDDEN)),
+    "waves by a product": lambda m, x, p: x + torch.sin(_frequencies() @ p[None, None, :].float()).transpose(1, 2),
     "split and joined": lambda m, x, p: torch.cat(x.chunk(2, -1)[::-1], -1),
     "positions as numbers": lambda m, x, p: x + 0.01 * p[None, :, None],
     "shifted positions": lambda m, x, p: x + m.places(p + 2),
