@@ -116,8 +116,8 @@ def test_what_weights_were_made_of_is_let_go(tmp_path: Path) -> None:
         llm = llmopt.LLM(model, tokenizer=object())
         for _ in range(2):
             assert list(llm.generate(ids[0].tolist(), greedy)[0].outputs[0].token_ids) == expected
-        assert llm._engine is not None
-        module: Any = llm._engine.info.module
+        assert llm._model._engine is not None
+        module: Any = llm._model._engine.info.module
         projection, embedding = module.transformer.h[1].mlp.c_fc.weight, module.transformer.wte.weight
         assert projection.shape == (32, 128)
         assert (projection.untyped_storage().nbytes() == 4 * 32 * 128) == kept
@@ -299,7 +299,7 @@ def test_chat_and_the_defaults_of_the_generation_configuration(tmp_path: Path) -
     llm = llmopt.LLM(folder, dtype="float32", max_model_len=64)
     params = llm.get_default_sampling_params()
     assert params == llmopt.SamplingParams(temperature=0.6, top_k=7, top_p=0.9, repetition_penalty=1.1, max_tokens=3)
-    assert llm._engine is not None and llm._engine.info.eos_token_ids == (1, 5)
+    assert llm._model.eos_token_ids == (1, 5)
     torch.manual_seed(3)
     (default,) = llm.chat(CHAT)
     torch.manual_seed(3)
