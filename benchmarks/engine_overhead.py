@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -166,10 +167,11 @@ def main() -> None:
         print(f"{name}: " + ", ".join(f"{label} {ms:.3f} ms" for label, ms in row.items()))
     if options.out:
         setting = conditions(
+            load_average=os.getloadavg()[0],  # above the number of threads, others had the machine as well
             **{
                 name: getattr(options, name)
                 for name in ("batch", "steps", "context", "layers", "vocab", "overlap_width")
-            }
+            },
         )
         text = json.dumps({"conditions": setting, "median_us": medians, "overlap_ms": overlap}, indent=1)
         options.out.parent.mkdir(parents=True, exist_ok=True)
