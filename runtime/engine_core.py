@@ -268,7 +268,7 @@ class EngineCore:
         except Exception as error:
             # Somebody in the batch is to blame. Steps may be repeated: they write the same keys and values again.
             chunks: Sequence[Chunk] = [chunk for chunk in plan.chunks if self.scheduler.is_wanted(chunk)]
-            results: list[int | Exception | None] = [_failure(error)]
+            results: list[int | Exception | None] = [_failure(error)] * len(chunks)
             if len(plan.chunks) > 1:
                 results = [self._alone(chunk) for chunk in chunks]
         else:

@@ -301,6 +301,11 @@ def test_failures_of_steps_under_way_stay_alone(monkeypatch: pytest.MonkeyPatch)
     # A prompt of 9 tokens fails at once, that of 6 when it has become 9 long.
     assert [request.finish_reason for request in requests] == ["error", "error", "length"]
     assert [request.generated for request in requests] == [[], *_cut(reference_generate("llama", rows[1:], 8), 3)]
+    # A step that failed for somebody who is gone by then concerns nobody.
+    gone = core.add_request(rows[0], GREEDY)
+    core._flight = core._launch()
+    core.abort(gone)
+    assert core.step() == [] and gone.finish_reason == "abort"
     # Who is left out of a plan under way is not waited for.
     request = core.add_request(rows[2], GREEDY)
     core.step()
