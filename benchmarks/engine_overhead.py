@@ -1,17 +1,21 @@
 """What a decode step costs besides the compiled step: planning, building the batch, entering the program, sampling.
 
 usage: python benchmarks/engine_overhead.py [--batch 8] [--steps 400] [--context 300] [--layers 16] [--vocab 32000]
-           [--out benchmarks/results/engine_overhead.json]
+           [--overlap-width 768] [--out benchmarks/results/engine_overhead.json]
 
 The model is a Llama of so many layers and next to no width: the number of caches and weights is that of a real one, the
 compiled step itself takes hardly any time. Medians over the steps, in microseconds; "native" is the time inside the
 compiled step, "overhead" all the rest of `EngineCore.step`.
+
+With `--overlap-width` a wider model, of 8 layers, then decodes with and without `async_scheduling` in turn, while the
+caller spends 0 or 0.5 ms on each step's results: medians of milliseconds from step to step.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import statistics
 import time
 from collections import defaultdict
@@ -32,16 +36,16 @@ from llmopt.runtime.engine_core import EngineCore
 LIMIT_US = 150.0
 
 
-def build_core(batch: int, layers: int, vocabulary: int, max_tokens: int) -> EngineCore:
-    """An engine over a narrow Llama."""
+def build_engine(batch: int, layers: int, vocabulary: int, max_tokens: int, width: int = 64) -> ModelEngine:
+    """An engine over a Llama, by default a narrow one."""
     config = LlamaConfig(
         vocab_size=vocabulary,
-        hidden_size=64,
-        intermediate_size=128,
+        hidden_size=width,
+        intermediate_size=2 * width,
         num_hidden_layers=layers,
         num_attention_heads=4,
         num_key_value_heads=2,
-        head_dim=16,
+        head_dim=width // 4,
         max_position_embeddings=max_tokens,
         bos_token_id=None,
         eos_token_id=None,
@@ -49,7 +53,7 @@ def build_core(batch: int, layers: int, vocabulary: int, max_tokens: int) -> Eng
     )
     torch.manual_seed(0)
     options = Options.make({"max_num_seqs": batch})
-    return ModelEngine(LlamaForCausalLM(config).eval(), options, Report()).core()
+    return ModelEngine(LlamaForCausalLM(config).eval(), options, Report())
 
 
 class Stopwatch:
@@ -84,11 +88,11 @@ class Stopwatch:
 
 def measure(options: argparse.Namespace) -> dict[str, float]:
     """Median microseconds of each part of a decode step."""
-    core = build_core(options.batch, options.layers, options.vocab, options.context + options.steps + 64)
+    core = build_engine(options.batch, options.layers, options.vocab, options.context + options.steps + 64).core()
     watch = Stopwatch()
     for plan in core.program.executable.native_plans:
         watch.watch(plan, "run", "native")
-    watch.watch(core.program, "executable", "program")
+    watch.watch(core.program, "run", "program")
     watch.watch(core.scheduler, "plan", "plan")
     watch.watch(core.scheduler, "commit", "commit")
     watch.watch(core._builder, "build", "build batch")
@@ -106,6 +110,43 @@ def measure(options: argparse.Namespace) -> dict[str, float]:
     return {name: statistics.median(laps) for name, laps in watch.laps.items()}
 
 
+def measure_overlap(options: argparse.Namespace) -> dict[str, dict[str, float]]:
+    """Median milliseconds from step to step, by what the caller spends on each, with and without overlap."""
+    rounds, steps = 6, 40
+    limit = options.context + 3 * options.batch + rounds * steps * 4 + 64
+    engine = build_engine(options.batch, 8, options.vocab, limit, options.overlap_width)
+    found: dict[str, dict[str, float]] = {}
+    for busy in (0.0, 0.5e-3):
+        cores, laps = {}, defaultdict[bool, list[float]](list)
+        for overlap in (False, True):
+            setting = Options.make({"max_num_seqs": options.batch, "async_scheduling": overlap})
+            core = cores[overlap] = EngineCore(engine.program(), engine.info, setting, limit)
+            for row in range(options.batch):
+                prompt = [row + 1] * (options.context + 3 * row)
+                core.add_request(prompt, SamplingParams(temperature=0.0, max_tokens=limit - len(prompt)))
+            while any(request.num_generated < 8 for request in core.scheduler.requests.values()):
+                core.step()
+        for _ in range(rounds):
+            for overlap, core in cores.items():
+                for number in range(steps + 2):
+                    start = time.perf_counter()
+                    core.step()
+                    _spend(busy)
+                    if number >= 2:  # a step of the other's round may still be settled in the first
+                        laps[overlap].append((time.perf_counter() - start) * 1e3)
+        found[f"caller spends {busy * 1e3:g} ms"] = {
+            "async_scheduling" if overlap else "without": statistics.median(own) for overlap, own in laps.items()
+        }
+    return found
+
+
+def _spend(seconds: float) -> None:
+    """Keeps Python busy."""
+    until = time.perf_counter() + seconds
+    while time.perf_counter() < until:
+        pass
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batch", type=int, default=8)
@@ -113,6 +154,7 @@ def main() -> None:
     parser.add_argument("--context", type=int, default=300)
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--vocab", type=int, default=32000)
+    parser.add_argument("--overlap-width", type=int, default=0)
     parser.add_argument("--out", type=Path)
     options = parser.parse_args()
     medians = measure(options)
@@ -120,11 +162,18 @@ def main() -> None:
         print(f"{name:15} {microseconds:8.1f} us")
     rest = medians["overhead"] - medians["sample"]
     print(f"overhead without sampling {rest:.1f} us; the whole overhead is to stay below {LIMIT_US:.0f} us at batch 8")
+    overlap = measure_overlap(options) if options.overlap_width else {}
+    for name, row in overlap.items():
+        print(f"{name}: " + ", ".join(f"{label} {ms:.3f} ms" for label, ms in row.items()))
     if options.out:
         setting = conditions(
-            **{name: getattr(options, name) for name in ("batch", "steps", "context", "layers", "vocab")}
+            load_average=os.getloadavg()[0],  # above the number of threads, others had the machine as well
+            **{
+                name: getattr(options, name)
+                for name in ("batch", "steps", "context", "layers", "vocab", "overlap_width")
+            },
         )
-        text = json.dumps({"conditions": setting, "median_us": medians}, indent=1)
+        text = json.dumps({"conditions": setting, "median_us": medians, "overlap_ms": overlap}, indent=1)
         options.out.parent.mkdir(parents=True, exist_ok=True)
         options.out.write_text(text + "\n", "utf-8")
 

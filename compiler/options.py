@@ -33,11 +33,15 @@ class Options:
     kv_cache_memory_bytes: memory of the KV cache; 0 leaves it to `gpu_memory_utilization`.
     gpu_memory_utilization: the fraction of the available memory (of the machine and of its control groups) that the KV
         cache may take, up to what `max_num_seqs` of the longest sequences could hold; pages take memory once used.
+    swap_space_bytes: memory of the host, besides the KV cache, to which preempted requests' pages may be copied instead
+        of being computed again; 0 is none. On a GPU it holds what the GPU's memory does not.
     enable_prefix_caching: requests whose tokens begin alike share the pages of what they have in common.
     max_model_len: longest sequence, prompt included; 0 takes the model's own limit.
     max_num_seqs: requests that are decoded together.
     max_num_batched_tokens: most tokens of one step; longer prompts are prefilled in several.
     max_num_queued: requests that may wait for their first step; 0 is no limit.
+    async_scheduling: begin each step before the results of the one before it are handed out, so that what callers do
+        with these (text, streaming) goes on beside it. "auto" does so where a GPU computes, not where CPUs do.
     batch_invariant: the logits of a request are the same to the bit alone and in any batch, in whatever chunks its
         prompt is computed, on any number of threads. Step programs only; prefill is slower.
     disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
@@ -60,11 +64,13 @@ class Options:
     kv_cache_dtype: str = "auto"
     kv_cache_memory_bytes: int = 0
     gpu_memory_utilization: float = 0.5
+    swap_space_bytes: int = 0
     enable_prefix_caching: bool = True
     max_model_len: int = 0
     max_num_seqs: int = 16
     max_num_batched_tokens: int = 2048
     max_num_queued: int = 4096
+    async_scheduling: bool | str = "auto"
     batch_invariant: bool = False
     disabled_passes: tuple[str, ...] = ()
     fuel: int = -1
@@ -156,9 +162,14 @@ def _names(name: str, val: Any) -> None:
         raise OptionError(name, val, "a tuple of pass names")
 
 
-def _verify(name: str, val: Any) -> None:
-    if val is not True and val is not False and val != "revert":
-        raise OptionError(name, val, (True, False, "revert"))
+def _choice(*allowed: bool | str) -> Callable[[str, Any], None]:
+    """As `_one_of` for truth values and strings, where 1 is not True."""
+
+    def check(name: str, val: Any) -> None:
+        if not any(val is choice or (isinstance(val, str) and val == choice) for choice in allowed):
+            raise OptionError(name, val, allowed)
+
+    return check
 
 
 def _path(name: str, val: Any) -> None:
@@ -173,15 +184,17 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "kv_cache_dtype": _one_of(*KV_CACHE_DTYPES),
     "kv_cache_memory_bytes": _whole(0),
     "gpu_memory_utilization": _fraction,
+    "swap_space_bytes": _whole(0),
     "enable_prefix_caching": _one_of(True, False),
     "max_model_len": _whole(0),
     "max_num_seqs": _whole(1, 4096),
     "max_num_batched_tokens": _whole(1),
     "max_num_queued": _whole(0),
+    "async_scheduling": _choice(True, False, "auto"),
     "batch_invariant": _one_of(True, False),
     "disabled_passes": _names,
     "fuel": _whole(-1),
-    "verify": _verify,
+    "verify": _choice(True, False, "revert"),
     "record_graphs": _one_of(True, False),
     "rewrite_log": _path,
     "graph_cache": _one_of(True, False),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,6 +22,14 @@ STEP_INPUTS: dict[str, torch.dtype] = {
     "logits_indices": torch.int64,
 }
 
+# Where some layers have a window and others see everything, the two kinds hold pages apart, so that those of the first
+# can go sooner. A step then takes, after the inputs above, the pages of the layers with a window:
+# window_slot_mapping[T], window_block_tables[B, N]; the inputs of the same names without `window_` are the others'.
+WINDOW_INPUTS: dict[str, torch.dtype] = {
+    "window_slot_mapping": torch.int64,
+    "window_block_tables": torch.int32,
+}
+
 
 @dataclass(frozen=True)
 class CacheSpec:
@@ -29,6 +38,7 @@ class CacheSpec:
     dtype: of the keys and values that the model computes.
     window: how many of the latest tokens the layer still looks at, 0 for all.
     kv_dtype: how they are stored: "auto" as they are, else one of the formats of `kv_formats`.
+    group: which pages it uses: layers of one group share a block table; 0, or 1 for those of WINDOW_INPUTS.
     """
 
     layer: int
@@ -38,6 +48,7 @@ class CacheSpec:
     dtype: torch.dtype
     window: int = 0
     kv_dtype: str = "auto"
+    group: int = 0
 
     @property
     def storage_dtype(self) -> torch.dtype:
@@ -54,3 +65,16 @@ class CacheSpec:
     def bytes_per_token(self) -> int:
         """Bytes that one token takes in this layer, keys and values together, scales included."""
         return self.kv_heads * sum(self.row_sizes) * self.storage_dtype.itemsize
+
+
+def step_inputs(caches: Sequence[CacheSpec]) -> dict[str, torch.dtype]:
+    """The inputs of a step program before its caches."""
+    return {**STEP_INPUTS, **(WINDOW_INPUTS if any(spec.group for spec in caches) else {})}
+
+
+def group_windows(caches: Sequence[CacheSpec]) -> list[int]:
+    """For each group how many of the latest tokens any of its layers still looks at; 0 if some layer looks at all."""
+    windows: list[list[int]] = [[] for _ in range(1 + max((spec.group for spec in caches), default=0))]
+    for spec in caches:
+        windows[spec.group].append(spec.window)
+    return [0 if 0 in own else max(own, default=0) for own in windows]

@@ -16,7 +16,7 @@ from torch.fx.node import Node
 from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.graph import is_tensor, outputs, placeholders, tensor, view_base
 from llmopt.compiler.opspec import DEFAULT_TOLERANCES
-from llmopt.compiler.step import STEP_INPUTS
+from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS
 
 
 class Level(enum.IntEnum):
@@ -166,32 +166,31 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
     caches = [node for node in nodes if node.name.startswith(("k_cache_", "v_cache_"))]
     block_size = int(tensor(caches[0]).shape[2])
     needed = [-(-length // block_size) for length in lengths]
-    order = torch.randperm(sum(needed) + 1, generator=rng).tolist()
-    tables = torch.zeros((len(lengths), max(needed)), dtype=torch.int32)
-    positions: list[int] = []
-    slots: list[int] = []
-    for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
-        blocks = [order.pop() for _ in range(needed[row])]
-        tables[row, : len(blocks)] = torch.tensor(blocks)
-        mine = range(length - count, length)
-        positions += mine
-        slots += [blocks[i // block_size] * block_size + i % block_size for i in mine]
+    positions = [i for count, length in zip(counts, lengths, strict=True) for i in range(length - count, length)]
     ends = torch.tensor(counts).cumsum(0)
     step = {
         "input_ids": torch.randint(0, 2, (sum(counts),), generator=rng),
         "positions": torch.tensor(positions),
-        "slot_mapping": torch.tensor(slots),
         "cu_seqlens_q": torch.cat([torch.zeros(1), ends]),
         "seq_lens": torch.tensor(lengths),
-        "block_tables": tables,
         "logits_indices": ends - 1,
     }
+    for prefix in ("", "window_"):
+        order = torch.randperm(sum(needed) + 1, generator=rng).tolist()
+        tables = torch.zeros((len(lengths), max(needed)), dtype=torch.int32)
+        slots: list[int] = []
+        for row, (count, length) in enumerate(zip(counts, lengths, strict=True)):
+            blocks = [order.pop() for _ in range(needed[row])]
+            tables[row, : len(blocks)] = torch.tensor(blocks)
+            slots += [blocks[i // block_size] * block_size + i % block_size for i in range(length - count, length)]
+        step[f"{prefix}slot_mapping"], step[f"{prefix}block_tables"] = torch.tensor(slots), tables
+    dtypes = {**STEP_INPUTS, **WINDOW_INPUTS}
     made = []
     for node in nodes:
         if node.name == "input_ids" and tensor(node).ndim == 2:  # embeddings of the tokens
             made.append(_random_tensor([sum(counts), int(tensor(node).shape[1])], tensor(node).dtype, rng))
         elif node.name in step:
-            made.append(step[node.name].to(STEP_INPUTS[node.name]))
+            made.append(step[node.name].to(dtypes[node.name]))
         elif node in caches:
             made.append(_random_tensor([sum(needed) + 1, *map(int, tensor(node).shape[1:])], tensor(node).dtype, rng))
         else:

@@ -32,14 +32,14 @@ from llmopt.compiler.graph import (
     to_expr,
 )
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
-from llmopt.compiler.step import STEP_INPUTS, CacheSpec
+from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS, CacheSpec
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.matching import depends_only_on
 from llmopt.passes.point_values import NotEvaluable, PointValues
 from llmopt.passes.row_locality import ATTENTION, RowLocality, is_row_map
 
 # Hints of the new symbols: distinct, and neither 0 nor 1, which PyTorch would specialise.
-_HINTS = {"num_seqs": 5, "max_blocks": 7, "num_rows": 3, "num_blocks": 23}
+_HINTS = {"num_seqs": 5, "max_blocks": 7, "num_rows": 3, "num_blocks": 23, "num_window_blocks": 19}
 
 
 @dataclass
@@ -57,7 +57,8 @@ class InsertKVCache(Pass):
     block_tables[B, N], logits_indices[R], k_cache_0, v_cache_0, ...)` with `paged_attention`.
 
     Counted positions (arange, running sums of ones) become `positions`; the rest of the graph is proved row-local;
-    logits are computed only for the rows `logits_indices`. What cannot be proved raises UnsupportedError with the op
+    logits are computed only for the rows `logits_indices`. Where only some layers have a window, these use pages of
+    their own (`WINDOW_INPUTS`). What cannot be proved raises UnsupportedError with the op
     and the line of the user's model. `kv_dtype` is how pages store keys and values (`compiler/kv_formats.py`).
     """
 
@@ -82,7 +83,9 @@ class InsertKVCache(Pass):
         graph.eliminate_dead_code()
         refresh_values(graph)
         stored = "" if self.kv_dtype == "auto" else f", keys and values in {self.kv_dtype}"
-        report.notes.append(f"{len(step.caches)} attention layers{stored}")
+        windowed = sum(spec.group for spec in step.caches)
+        apart = f", {windowed} of them with a window and pages of their own" if windowed else ""
+        report.notes.append(f"{len(step.caches)} attention layers{stored}{apart}")
         return report
 
 
@@ -230,9 +233,13 @@ def _replace_attention(
     for node in graph.nodes:
         if node.op == "call_function":
             rows.check(node)
-    num_blocks = _new_size(rewriter, "num_blocks")
     first_weight = next(n for n in placeholders(graph) if n.name not in STEP_INPUTS)
-    for layer, node in enumerate(nodes_of(graph, ATTENTION)):
+    nodes = list(nodes_of(graph, ATTENTION))
+    grouped = len({bool(node.args[7]) for node in nodes}) == 2
+    num_blocks = [_new_size(rewriter, name) for name in ("num_blocks", "num_window_blocks")[: 1 + grouped]]
+    if grouped:
+        _add_window_inputs(graph, rewriter, step, first_weight)
+    for layer, node in enumerate(nodes):
         q, k, v, mask, causal, scale, softcap, window, slopes, sinks = node.args
         if mask is not None or not causal:
             why = "attention is not causal" if mask is None else "an attention mask depends on data"
@@ -242,18 +249,20 @@ def _replace_attention(
                 location=location(node),
             )
         heads, key_size, value_size = (int(s) for s in (*tensor(k).shape[2:], tensor(v).shape[3]))
-        spec = CacheSpec(layer, heads, key_size, value_size, tensor(k).dtype, int(window), settings.kv_dtype)
+        kept = (int(window), settings.kv_dtype, int(grouped and window > 0))
+        spec = CacheSpec(layer, heads, key_size, value_size, tensor(k).dtype, *kept)
         step.caches.append(spec)
         caches = []
         for name, width in zip((f"k_cache_{layer}", f"v_cache_{layer}"), spec.row_sizes, strict=True):
             with graph.inserting_before(first_weight):
                 cache = graph.placeholder(name)
             with rewriter.mode:
-                shape = (num_blocks, heads, settings.block_size, width)
+                shape = (num_blocks[spec.group], heads, settings.block_size, width)
                 cache.meta["val"] = torch.empty(shape, dtype=spec.storage_dtype, device=tensor(k).device)
             cache.meta["cache"] = spec
             caches.append(cache)
-        lookup = [step.nodes[n] for n in ("slot_mapping", "block_tables", "cu_seqlens_q", "seq_lens")]
+        pages = tuple(WINDOW_INPUTS) if spec.group else ("slot_mapping", "block_tables")
+        lookup = [step.nodes[n] for n in (*pages, "cu_seqlens_q", "seq_lens")]
         with rewriter.before(node):
             new = rewriter.call(
                 llmopt_ops.paged_attention.default,
@@ -266,6 +275,17 @@ def _replace_attention(
         raise UnsupportedError(
             "no attention was recognised, so there is nothing to cache; see the near misses in explain"
         )
+
+
+def _add_window_inputs(graph: fx.Graph, rewriter: Rewriter, step: StepInputs, before: Node) -> None:
+    """The block tables of layers with a window: of the others' shapes, since both list every page of a request."""
+    for name, dtype in WINDOW_INPUTS.items():
+        with graph.inserting_before(before):
+            node = graph.placeholder(name)
+        with rewriter.mode:
+            like = tensor(step.nodes[name.removeprefix("window_")])
+            node.meta["val"] = torch.empty(like.shape, dtype=dtype, device=like.device)
+        step.nodes[name] = node
 
 
 def _gather_logits(graph: fx.Graph, rewriter: Rewriter, step: StepInputs, symbol: sympy.Symbol) -> None:

@@ -17,14 +17,17 @@ class BatchBuilder:
 
     Args:
         max_num_seqs: number of seats.
+        num_groups: groups of layers that hold pages apart, 1 or 2; the second is that of the `window_` inputs.
         block_size: tokens in a page.
         witness_stride: rows whose logits are computed besides each chunk's last, so many tokens apart; 0 for none.
             A row that came out finite vouches for all keys and values that it attends to.
     """
 
-    def __init__(self, max_num_seqs: int, block_size: int, witness_stride: int = 0) -> None:
+    def __init__(self, max_num_seqs: int, block_size: int, num_groups: int = 1, witness_stride: int = 0) -> None:
         self.block_size, self.witness_stride = block_size, witness_stride
-        self._tables = np.zeros((max_num_seqs, 16), np.int32)
+        self._tables = [np.zeros((max_num_seqs, 16), np.int32) for _ in range(num_groups)]
+        # Of a step in which each request computes one token; the tensors of batches share this memory.
+        self._rows, self._bounds = np.arange(max_num_seqs), np.arange(max_num_seqs + 1, dtype=np.int32)
 
     def rows(self, chunk: Chunk) -> Sequence[int]:
         """Which tokens of a chunk have their logits computed: every `witness_stride`-th, counted from the last.
@@ -49,15 +52,16 @@ class BatchBuilder:
         num = len(chunks)
         pages = self._list_pages(chunks)
         seats = np.fromiter([chunk.request.seat for chunk in chunks], np.int64, num)
-        tables = self._tables[seats, :pages]
         starts = np.fromiter([chunk.start for chunk in chunks], np.int64, num)
         counts = [chunk.length for chunk in chunks]
         total = sum(counts)
-        ends = np.cumsum(counts)
         if total == num:
+            bounds = self._bounds[: num + 1]
             ids = np.fromiter([chunk.request.tokens[chunk.start] for chunk in chunks], np.int64, num)
-            positions, owners, wanted = starts, np.arange(num), np.arange(num)
+            positions, owners, wanted = starts, self._rows[:num], self._rows[:num]
         else:
+            bounds = np.zeros(num + 1, np.int32)
+            bounds[1:] = ends = np.cumsum(counts)
             tokens: list[int] = []
             rows: list[int] = []
             for request, start, count, _ in chunks:
@@ -67,12 +71,13 @@ class BatchBuilder:
             ids, wanted = np.array(tokens, np.int64), np.array(rows, np.int64)
             owners = np.repeat(np.arange(num), counts)
             positions = np.arange(total) + np.repeat(starts - ends + counts, counts)
-        page, offset = np.divmod(positions, self.block_size)
-        slots = tables[owners, page].astype(np.int64) * self.block_size + offset
-        bounds = np.zeros(num + 1, np.int32)
-        bounds[1:] = ends
+        page, offset = positions // self.block_size, positions % self.block_size
+        places: list[np.ndarray] = []
+        for every in self._tables:
+            tables = every[seats, :pages]
+            places += (tables[owners, page].astype(np.int64) * self.block_size + offset, tables)
         lengths = (starts + counts).astype(np.int32)
-        arrays = (ids, positions, slots, bounds, lengths, tables, wanted)
+        arrays = (ids, positions, places[0], bounds, lengths, places[1], wanted, *places[2:])
         return StepBatch(*map(torch.from_numpy, arrays))
 
     def _list_pages(self, chunks: Sequence[Chunk]) -> int:
@@ -80,18 +85,24 @@ class BatchBuilder:
         pages = 0
         for chunk in chunks:
             request = chunk.request
-            held, listed = len(request.blocks), request.num_listed
-            pages = max(pages, held)
-            if held > listed:
-                if held > self._tables.shape[1]:
-                    wider = np.zeros((len(self._tables), max(held, 2 * self._tables.shape[1])), np.int32)
-                    wider[:, : self._tables.shape[1]] = self._tables
-                    self._tables = wider
-                if held == listed + 1:
-                    self._tables[request.seat, listed] = max(request.blocks[listed], 0)
-                else:
-                    # Pages behind the window are never read: any number that is a page will do.
-                    new = [0 if block == NO_BLOCK else block for block in request.blocks[listed:]]
-                    self._tables[request.seat, listed:held] = new
-                request.num_listed = held
+            for group, table in enumerate(request.tables):
+                held, listed = len(table.blocks), table.num_listed
+                pages = max(pages, held)
+                if held > listed:
+                    row = self._widened(group, held)[request.seat]
+                    if held == listed + 1:
+                        row[listed] = max(table.blocks[listed], 0)
+                    else:
+                        # Pages behind the window are never read: any number that is a page will do.
+                        row[listed:held] = [0 if block == NO_BLOCK else block for block in table.blocks[listed:]]
+                    table.num_listed = held
         return pages
+
+    def _widened(self, group: int, pages: int) -> np.ndarray:
+        """The block tables of a group, with columns for at least so many pages."""
+        tables = self._tables[group]
+        if pages > tables.shape[1]:
+            wider = np.zeros((len(tables), max(pages, 2 * tables.shape[1])), np.int32)
+            wider[:, : tables.shape[1]] = tables
+            self._tables[group] = tables = wider
+        return tables

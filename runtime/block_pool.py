@@ -146,6 +146,10 @@ class BlockPool:
         """Whether its one holder may write to it: nobody else holds it, and it is not filed under a key."""
         return self._counts[block] == 1 and self._keys[block] is None
 
+    def is_filed(self, block: int) -> bool:
+        """Whether its content is kept under a key."""
+        return self._keys[block] is not None
+
     def find(self, key: bytes) -> int | None:
         """The block with the content of a key."""
         return self._by_key.get(key)

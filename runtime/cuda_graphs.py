@@ -38,8 +38,11 @@ def pad_decode(batch: StepBatch, size: int, width: int) -> StepBatch:
     A filler is a request of one token (id 0, position 0) over page 0, of which nothing is stored: slot -1.
     """
     count, pages = batch.block_tables.shape
-    tables = batch.block_tables.new_zeros((size, width))
-    tables[:count, :pages] = batch.block_tables
+
+    def table(tensor: Tensor) -> Tensor:
+        wider = tensor.new_zeros((size, width))
+        wider[:count, :pages] = tensor
+        return wider
 
     def filled(tensor: Tensor, value: int) -> Tensor:
         return torch.cat([tensor, tensor.new_full((size - count,), value)])
@@ -50,8 +53,10 @@ def pad_decode(batch: StepBatch, size: int, width: int) -> StepBatch:
         filled(batch.slot_mapping, -1),
         torch.arange(size + 1, dtype=batch.cu_seqlens_q.dtype),
         filled(batch.seq_lens, 1),
-        tables,
+        table(batch.block_tables),
         torch.arange(size, dtype=batch.logits_indices.dtype),
+        None if batch.window_slot_mapping is None else filled(batch.window_slot_mapping, -1),
+        None if batch.window_block_tables is None else table(batch.window_block_tables),
     )
 
 
@@ -100,7 +105,8 @@ class DecodeGraphs:
         if captured is None:
             captured = self._captured[size, width] = self._capture(padded, cache, executable)
         for field in fields(StepBatch):
-            getattr(captured.inputs, field.name).copy_(getattr(padded, field.name), non_blocking=True)
+            if (tensor := getattr(padded, field.name)) is not None:
+                getattr(captured.inputs, field.name).copy_(tensor, non_blocking=True)
         captured.graph.replay()
         self.replays += 1
         executable.check()
@@ -110,7 +116,8 @@ class DecodeGraphs:
         """Runs a step once, which compiles its kernels, then captures it. The fillers' effect on the cache is none;
         the requests' own keys are written again, to the same values, when the graph is replayed."""
         device = executable.device
-        inputs = StepBatch(*(getattr(batch, field.name).to(device) for field in fields(StepBatch)))
+        tensors = {field.name: getattr(batch, field.name) for field in fields(StepBatch)}
+        inputs = StepBatch(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
         shared, executable.arena = executable.arena, torch.empty(0, dtype=torch.uint8, device=device)
         try:
             stream = torch.cuda.Stream(device)

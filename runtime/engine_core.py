@@ -14,8 +14,9 @@ from llmopt.compiler.errors import InputError, RequestError
 from llmopt.compiler.options import Options
 from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.batch_builder import BatchBuilder
-from llmopt.runtime.memory import available_memory
+from llmopt.runtime.cache_sizes import cache_sizes, host_sizes
 from llmopt.runtime.metrics import Metrics
+from llmopt.runtime.overlap import Flight, Worker, overlaps
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import (
     Constraints,
@@ -25,8 +26,8 @@ from llmopt.runtime.sampling import (
     SamplingState,
     token_logprobs,
 )
-from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig
-from llmopt.runtime.step_program import StepProgram
+from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
+from llmopt.runtime.step_program import StepBatch, StepProgram
 
 MAX_SALT_LENGTH = 256
 
@@ -46,6 +47,8 @@ class VocabularyInfo(Protocol):
 class EngineCore:
     """Runs requests on a step program with continuous batching. Threads may share it: one at a time takes a step.
 
+    Each step is launched and settled. With `async_scheduling` the next one is launched before `step` returns.
+
     Args:
         program: bound to its weights.
         info: vocabulary and ends of sequence.
@@ -55,24 +58,26 @@ class EngineCore:
 
     def __init__(self, program: StepProgram, info: VocabularyInfo, options: Options, max_model_len: int) -> None:
         self.program, self.vocab_size, self.max_model_len = program, info.vocab_size, max_model_len
-        windows = [spec.window for spec in program.caches]
         config = SchedulerConfig(
             max_num_seqs=options.max_num_seqs,
             max_num_batched_tokens=options.max_num_batched_tokens,
             max_model_len=max_model_len,
             max_num_queued=options.max_num_queued,
             enable_prefix_caching=options.enable_prefix_caching,
-            # All layers share one block table: a page can go once no layer looks at it any more.
-            window=0 if 0 in windows else max(windows),
             eos_token_ids=frozenset(info.eos_token_ids),
         )
-        self.cache = program.new_cache(num_blocks_for(program, options, max_model_len))
-        self.scheduler = Scheduler(self.cache.pool, config, _fingerprint(program.caches))
-        self._builder = BatchBuilder(config.max_num_seqs, program.block_size, min(filter(None, windows), default=0))
+        sizes, per_page = cache_sizes(program, options, max_model_len), program.bytes_per_block_of_groups()
+        self.cache = program.new_cache(sizes, host_sizes(sizes, per_page, options.swap_space_bytes))
+        self.scheduler = Scheduler(self.cache.groups, config, _fingerprint(program.caches))
+        narrowest = min((spec.window for spec in program.caches if spec.window), default=0)
+        self._builder = BatchBuilder(config.max_num_seqs, program.block_size, len(sizes), narrowest)
         self.eos_token_ids = info.eos_token_ids
         self._sampler = Sampler(info.vocab_size, info.eos_token_ids)
         self._ids = map(str, itertools.count())
         self._lock = threading.RLock()
+        device = program.executable.device
+        self._worker = Worker(device) if overlaps(options, device) else None
+        self._flight: Flight | None = None
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -203,6 +208,8 @@ class EngineCore:
         """Call this when weights have changed: later requests share nothing with what was computed before."""
         with self._lock:
             self.scheduler.forget_prefixes()
+            for chunk in self._flight.plan.chunks if self._flight else ():
+                chunk.request.cacheable = False
 
     def metrics(self) -> Metrics:
         """Counts as of now."""
@@ -210,7 +217,9 @@ class EngineCore:
         return Metrics(
             num_requests_running=len(scheduler.running),
             num_requests_waiting=scheduler.num_waiting,
-            kv_cache_usage=scheduler.pool.num_held / scheduler.pool.num_blocks,
+            num_requests_swapped=scheduler.num_swapped,
+            kv_cache_usage=scheduler.pages.usage,
+            swap_space_usage=scheduler.pages.swap_usage,
             num_steps=self.program.num_steps,
             **asdict(scheduler.counters),
         )
@@ -220,38 +229,74 @@ class EngineCore:
     def step(self) -> list[Request]:
         """Computes one step; gives the requests that got a token or failed.
 
+        With `async_scheduling` the step after it has begun by then, and runs while the caller looks at these; requests
+        added now join the step after that.
+
         What goes wrong for one request ends that request alone, with finish_reason "error" and its `error` set.
         """
+        flight = self._flight
+        if flight is not None:  # outside the lock: others may add and abort meanwhile
+            flight.wait()
         with self._lock:
-            return self._step()
+            flight = self._flight or self._launch()
+            if flight is None:
+                return []
+            changed = self._settle(flight)
+            self._flight = None
+            if self._worker is not None:
+                self._flight = self._launch()
+                self.scheduler.prepare()
+            return changed
 
-    def _step(self) -> list[Request]:
+    def _launch(self) -> Flight | None:
+        """Plans the next step and begins it; None when there is nothing to do."""
         plan = self.scheduler.plan()
         if not plan.chunks:
-            return []
-        if plan.copies:
-            self.cache.copy(plan.copies)
+            return None
+        while plan.moves:
+            self.cache.perform(plan.moves[0])
+            plan.moves.popleft()
+        # Built here: what happens to requests while the step runs must not reach it.
+        batch = self._builder.build(plan.chunks)
+        return Flight(plan, lambda: self._forward(batch), self._worker)
+
+    def _settle(self, flight: Flight) -> list[Request]:
+        """Chooses tokens from the logits of a step, and takes them to its requests."""
+        plan = flight.plan
         try:
-            logits = self._forward(plan.chunks)
+            logits = flight.logits()
         except Exception as error:
             # Somebody in the batch is to blame. Steps may be repeated: they write the same keys and values again.
-            results: list[int | Exception | None] = [_failure(error)]
+            chunks: Sequence[Chunk] = [chunk for chunk in plan.chunks if self.scheduler.is_wanted(chunk)]
+            results: list[int | Exception | None] = [_failure(error)] * len(chunks)
             if len(plan.chunks) > 1:
-                results = [self._alone(chunk) for chunk in plan.chunks]
+                results = [self._alone(chunk) for chunk in chunks]
         else:
-            results = self._choose(plan.chunks, logits)
-        changed = self.scheduler.commit(plan, results)
+            chunks, logits = self._wanted(plan.chunks, logits)
+            results = self._choose(chunks, logits)
+        changed = self.scheduler.commit(StepPlan(tuple(chunks), plan.moves), results)
         for request in changed:
             _publish(request)
         return changed
 
-    def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+    def _wanted(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[Sequence[Chunk], torch.Tensor]:
+        """The chunks whose requests were neither aborted nor preempted during the step, and their rows of the logits.
+
+        The others must not draw from their random streams: what is preempted is computed again.
+        """
+        wanted = [self.scheduler.is_wanted(chunk) for chunk in chunks]
+        if all(wanted):
+            return chunks, logits
+        kept = [is_wanted for chunk, is_wanted in zip(chunks, wanted, strict=True) for _ in self._builder.rows(chunk)]
+        return [chunk for chunk, is_wanted in zip(chunks, wanted, strict=True) if is_wanted], logits[torch.tensor(kept)]
+
+    def _forward(self, batch: StepBatch) -> torch.Tensor:
         # Tokens are chosen from the logits before the next step.
-        return self.program(self._builder.build(chunks), self.cache, lend=True)
+        return self.program(batch, self.cache, lend=True)
 
     def _alone(self, chunk: Chunk) -> int | Exception | None:
         try:
-            logits = self._forward([chunk])
+            logits = self._forward(self._builder.build([chunk]))
         except Exception as error:
             return _failure(error)
         return self._choose([chunk], logits)[0]
@@ -334,16 +379,3 @@ def _failure(error: Exception) -> RequestError:
 def _fingerprint(caches: Sequence[CacheSpec]) -> str:
     """Everything about the pages of one pool that is not the same for all its requests is in a request's own key."""
     return repr(list(caches))
-
-
-def num_blocks_for(program: StepProgram, options: Options, max_model_len: int) -> int:
-    """How many pages the KV cache has.
-
-    `kv_cache_memory_bytes` says it outright. Else it is the fraction `gpu_memory_utilization` of the memory that is
-    available now, but no more than `max_num_seqs` of the longest sequences could ever hold.
-    """
-    per_block = program.bytes_per_block()
-    if options.kv_cache_memory_bytes:
-        return max(1, options.kv_cache_memory_bytes // per_block)
-    most = options.max_num_seqs * -(-max_model_len // program.block_size)
-    return max(1, min(most, int(available_memory() * options.gpu_memory_utilization) // per_block))

@@ -100,6 +100,10 @@ class Executable:
         self._arena = torch.empty(0, dtype=torch.uint8)
         self._lending = torch.empty(0, dtype=torch.uint8)
         self._aten_seconds: dict[int, float] | None = None
+        # Arguments that are no weights, and the values that they are.
+        self._given = [index for index, slot in enumerate(program.inputs) if slot is not None]
+        self._slots = [slot for slot in program.inputs if slot is not None]
+        self._given_bases = np.array(self._slots, np.int64) + 1
         self._fresh = [i for i, value in enumerate(program.values) if value.kind == "output"]
         self._steps = self._build()
 
@@ -185,10 +189,10 @@ class Executable:
         Raises KernelError for what kernels refuse, such as a token id outside the table.
         """
         program, bases, tensors = self.program, self._bases, self._tensors
-        for argument, slot in zip(arguments, program.inputs, strict=True):
-            if slot is not None:
-                tensors[slot] = argument
-                bases[slot + 1] = argument.data_ptr()
+        given = [arguments[index] for index in self._given]
+        for slot, argument in zip(self._slots, given, strict=True):
+            tensors[slot] = argument
+        bases[self._given_bases] = [argument.data_ptr() for argument in given]
         sizes = self._sizes_of(arguments)
         needed = sizes.at(program.arena_bytes)
         if self._arena.numel() < needed + 64:
@@ -202,7 +206,7 @@ class Executable:
         for step in self._steps:
             run(step, sizes)
         results = self._finish(arguments, sizes)
-        for slot in (*self._fresh, *(s for s in program.inputs if s is not None)):
+        for slot in (*self._fresh, *self._slots):
             tensors[slot] = None
         return results
 

@@ -26,7 +26,7 @@ from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
-VERSION = 2
+VERSION = 3
 # Entries of the safetensors metadata: the description, and the digest that tells damage from design.
 DESCRIPTION, CHECKSUM = "llmopt", "llmopt.sha256"
 
@@ -63,7 +63,10 @@ def save_program(
         "weights": names,
         "block_size": program.block_size,
         "caches": [
-            [c.layer, c.kv_heads, c.key_size, c.value_size, program_json.dtype_name(c.dtype), c.window, c.kv_dtype]
+            [
+                *(c.layer, c.kv_heads, c.key_size, c.value_size, program_json.dtype_name(c.dtype)),
+                *(c.window, c.kv_dtype, c.group),
+            ]
             for c in program.caches
         ],
         "vocab_size": vocab_size,
@@ -167,14 +170,15 @@ def _positive(data: dict[str, Any], key: str, most: int) -> int:
 def _caches(data: Any) -> list[CacheSpec]:
     specs = []
     for row in data if isinstance(data, list) else [None]:
-        if not isinstance(row, list) or len(row) != 7 or row[6] not in KV_CACHE_DTYPES:
+        if not isinstance(row, list) or len(row) != 8 or row[6] not in KV_CACHE_DTYPES:
             raise ProgramFileError("malformed cache description")
-        numbers = [row[i] for i in (0, 1, 2, 3, 5)]
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers):
+        numbers = [row[i] for i in (0, 1, 2, 3, 5, 7)]
+        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers)
+        if not whole or row[7] > 1:
             raise ProgramFileError("malformed cache description")
-        layer, heads, key_size, value_size, dtype, window, kv_dtype = row
+        layer, heads, key_size, value_size, dtype, window, kv_dtype, group = row
         read = program_json.read_dtype(dtype)
-        specs.append(CacheSpec(layer, heads, key_size, value_size, read, window, kv_dtype))
+        specs.append(CacheSpec(layer, heads, key_size, value_size, read, window, kv_dtype, group))
     return specs
 
 

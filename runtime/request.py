@@ -19,7 +19,29 @@ class Status(enum.Enum):
 
     WAITING = "waiting"
     RUNNING = "running"
+    SWAPPED = "swapped"
     FINISHED = "finished"
+
+
+@dataclass(eq=False, slots=True)
+class BlockTable:
+    """The pages of a request in one group of layers.
+
+    blocks: page by page, NO_BLOCK for those that are given back.
+    num_passed: leading entries of `blocks` that are given back; kept while the request is swapped out.
+    num_listed: leading entries of `blocks` that the seat's row of the batch's block table has already.
+    host: pages of the swap space that hold the content of the pages after those passed, while it is swapped out.
+    """
+
+    blocks: list[int] = field(default_factory=list)
+    num_passed: int = 0
+    num_listed: int = 0
+    host: list[int] = field(default_factory=list)
+
+    @property
+    def held(self) -> list[int]:
+        """The blocks that are really held."""
+        return self.blocks[self.num_passed :]
 
 
 @dataclass(eq=False)
@@ -38,9 +60,9 @@ class Request:
         published: how many tokens it had when it was last put there, and whether it had ended; one tuple, so that a
             thread that takes no steps never sees the one without the other.
         finish_reason: "stop", "length", "abort" or "error" once it has ended; `error` says what went wrong.
-        num_computed: how many leading tokens have keys and values in `blocks`.
+        num_computed: how many leading tokens have keys and values in pages, or in the swap space.
         num_hit: how many of these were found in the cache when the request was first admitted.
-        num_preempted: how often its pages were taken away.
+        num_preempted: how often its pages were taken away; num_swapped: how often to the swap space.
     """
 
     request_id: str
@@ -59,20 +81,19 @@ class Request:
     num_computed: int = 0
     num_hit: int = 0
     num_preempted: int = 0
+    num_swapped: int = 0
 
     # The scheduler's own.
     arrival: int = -1
     limit: int = 0
     seat: int = -1
-    blocks: list[int] = field(default_factory=list)
-    # Keys of the leading full blocks, as far as they were needed; how many of these blocks are filed in the pool.
+    # One for each group of layers.
+    tables: list[BlockTable] = field(default_factory=list)
+    # Keys of the leading full blocks, as far as they were needed; how many of these blocks are filed in the pools.
     keys: list[bytes] = field(default_factory=list)
     num_filed: int = 0
     # False once its keys and values stem from two states of the model.
     cacheable: bool = True
-    # Leading entries of `blocks` that the seat's row of the block table has already, and that are given back.
-    num_listed: int = 0
-    num_passed: int = 0
     # Of each generated token, where asked for: its log probability and those of the likeliest tokens.
     logprobs: list[tuple[float, dict[int, float] | None]] = field(default_factory=list)
     # Of each prompt token but the first, as far as computed, where asked for.
@@ -104,11 +125,6 @@ class Request:
     def wants_prompt_rows(self) -> bool:
         """Whether logits of its prompt's tokens are still asked for, to give their log probabilities."""
         return self.params.prompt_logprobs is not None and len(self.prompt_logprobs) < self.num_prompt - 1
-
-    @property
-    def held(self) -> list[int]:
-        """The blocks that it really holds."""
-        return self.blocks[self.num_passed :]
 
 
 class Outbox(Protocol):

@@ -5,13 +5,15 @@ once, taken in chunks; a decoding request knows one more token than is computed.
 (continuous batching: Yu et al., Orca, 2022; chunks beside decodes: Agrawal et al., Sarathi-Serve, 2024), and `commit`
 takes what the step chose.
 
-When pages run out, the request of the worst rank gives all of its back and waits to be computed again. The request of
-the best rank is never chosen, and no request is admitted that would not fit alone: something always gets ahead.
+When pages run out, the request of the worst rank gives all of its back and waits: to be brought back from the swap
+space, or to be computed again (`_swaps`). The request of the best rank is never chosen, and no request is admitted that
+would not fit alone: something always gets ahead.
 """
 
 from __future__ import annotations
 
 import bisect
+from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,11 +21,15 @@ from typing import NamedTuple
 from llmopt.compiler.errors import InputError, QueueFullError
 from llmopt.runtime.block_pool import BlockPool
 from llmopt.runtime.metrics import Counters
+from llmopt.runtime.page_groups import Move, PageGroup, PageGroups
 from llmopt.runtime.prefix_cache import PrefixCache
-from llmopt.runtime.request import NO_BLOCK, Request, Status
+from llmopt.runtime.request import BlockTable, Request, Status
 
 # Rows of logits of one step that are computed for log probabilities of prompts: each is as wide as the vocabulary.
 MAX_PROMPT_ROWS = 256
+# Tokens up to which keys and values are computed again rather than swapped. A decode step reads all weights whatever it
+# computes, and so many tokens more change its time little; swapping would copy their pages twice.
+MIN_SWAPPED_TOKENS = 64
 
 
 @dataclass(frozen=True)
@@ -34,8 +40,8 @@ class SchedulerConfig:
     max_model_len: longest sequence, prompt included.
     max_num_queued: requests that may wait; 0 is no limit.
     enable_prefix_caching: share the pages of prompts that begin alike.
-    window: how many of the latest tokens any layer still looks at; 0 if some layer looks at all.
     eos_token_ids: tokens that end a request.
+    min_swapped_tokens: computed tokens from which a preempted request is swapped out rather than computed again.
     """
 
     max_num_seqs: int
@@ -43,8 +49,8 @@ class SchedulerConfig:
     max_model_len: int
     max_num_queued: int = 0
     enable_prefix_caching: bool = True
-    window: int = 0
     eos_token_ids: frozenset[int] = frozenset()
+    min_swapped_tokens: int = MIN_SWAPPED_TOKENS
 
 
 class Chunk(NamedTuple):
@@ -57,10 +63,10 @@ class Chunk(NamedTuple):
 
 
 class StepPlan(NamedTuple):
-    """What the next step computes, after blocks have been copied: (from, to) pairs, one after the other."""
+    """What the next step computes, once `moves` are performed; see `PageGroups`, whose own list this is."""
 
     chunks: tuple[Chunk, ...]
-    copies: tuple[tuple[int, int], ...]
+    moves: deque[Move]
 
 
 class Scheduler:
@@ -69,9 +75,10 @@ class Scheduler:
     `plan` may be called again before `commit`, when a step was interrupted: it plans the same tokens anew.
     """
 
-    def __init__(self, pool: BlockPool, config: SchedulerConfig, fingerprint: str = "") -> None:
-        self.pool, self.config = pool, config
-        self.prefixes = PrefixCache(pool, fingerprint, config.window)
+    def __init__(self, groups: Sequence[PageGroup], config: SchedulerConfig, fingerprint: str = "") -> None:
+        self.config = config
+        self.pages = PageGroups(groups, config.max_num_batched_tokens)
+        self.prefixes = PrefixCache(groups, fingerprint)
         self.counters = Counters()
         self.requests: dict[str, Request] = {}
         self.running: list[Request] = []
@@ -79,16 +86,23 @@ class Scheduler:
         self._arrivals = 0
         self._seats = list(range(config.max_num_seqs - 1, -1, -1))
         self._planned: dict[Request, Chunk] = {}
-        # Copies of plans that were not committed. None is ever dropped: a later one may read what it writes. One that
-        # nobody needs any more does no harm, for whoever has its target by now writes to it later.
-        self._copies: list[tuple[int, int]] = []
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
     @property
+    def pool(self) -> BlockPool:
+        """The pages of the first group of layers, for most models of all."""
+        return self.pages.groups[0].pool
+
+    @property
     def num_waiting(self) -> int:
-        """Requests that have no pages."""
+        """Requests that have no pages, those in the swap space included."""
         return len(self._waiting)
+
+    @property
+    def num_swapped(self) -> int:
+        """Requests in the swap space."""
+        return sum(request.status is Status.SWAPPED for request in self._waiting)
 
     @property
     def has_unfinished(self) -> bool:
@@ -108,10 +122,10 @@ class Scheduler:
         if num_prompt >= limit:
             raise InputError(f"the prompt has {num_prompt} tokens; the longest sequence is {limit}")
         total = limit if max_tokens is None else min(num_prompt + max_tokens, limit)
-        if self._pages(total) > self.pool.num_blocks:
+        if (pool := self.pages.too_small(total)) is not None:
             raise InputError(
                 f"prompt and output of {total} tokens do not fit into the KV cache of "
-                f"{self.pool.num_blocks * self.pool.block_size}; raise kv_cache_memory_bytes or lower max_tokens"
+                f"{pool.num_blocks * pool.block_size}; raise kv_cache_memory_bytes or lower max_tokens"
             )
         return total
 
@@ -127,6 +141,7 @@ class Scheduler:
             raise QueueFullError(f"{len(self._waiting)} requests wait, max_num_queued is {self.config.max_num_queued}")
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         self.requests[request.request_id] = request
+        request.tables = [BlockTable() for _ in self.pages.groups]
         self._enqueue(request)
 
     def fork(self, parent_id: str, child: Request) -> None:
@@ -142,15 +157,17 @@ class Scheduler:
         count = min(parent.num_computed, len(child.tokens) - 1)
         same = child.tokens[:count] == parent.tokens[:count]
         kin = (child.cache_salt, child.adapter) == (parent.cache_salt, parent.adapter)
+        if not (count and same and kin and self._seats and parent.status is Status.RUNNING):
+            return
         # Behind a window the parent may have given back what the child, which is not as far, still looks at.
-        whole = self._passed(count) >= parent.num_passed
-        if not (count and same and kin and whole and self._seats and parent.status is Status.RUNNING):
+        if not self.pages.can_share(parent, count):
             return
         self._waiting.remove(child)
         pages = self.pool.blocks_for(count)
         child.cacheable = parent.cacheable
         child.keys = parent.keys[: count // self.pool.block_size]
-        self._start(child, parent.blocks[:pages], count)
+        self.pages.share(child, [table.blocks[:pages] for table in parent.tables])
+        self._start(child, count)
         child.num_filed = min(parent.num_filed, count // self.pool.block_size)
 
     def abort(self, request_id: str) -> bool:
@@ -164,19 +181,28 @@ class Scheduler:
 
     def forget_prefixes(self) -> None:
         """Call this when the model has changed: nothing that was computed before is shared with later requests."""
-        self.prefixes.forget_all()
+        self.pages.forget_all()
         for request in self.requests.values():
             request.keys.clear()
             request.num_filed = 0
             request.cacheable = request.num_computed == 0
 
     def preempt(self, request: Request) -> None:
-        """Takes a running request's pages away; it is computed again later, from its known tokens."""
-        self._vacate(request)
-        request.status, request.num_preempted = Status.WAITING, request.num_preempted + 1
-        request.cacheable = True
+        """Takes a running request's pages away: to the swap space, or to be computed again from its known tokens."""
+        request.num_preempted += 1
         self.counters.num_preemptions += 1
+        if self._swaps(request) and self.pages.swap_out(request):
+            self._leave(request)
+            request.status, request.num_swapped = Status.SWAPPED, request.num_swapped + 1
+            self.counters.num_swapped_out += 1
+        else:
+            self._vacate(request)
+            request.status, request.cacheable = Status.WAITING, True
         self._enqueue(request)
+
+    def _swaps(self, request: Request) -> bool:
+        """Whether a preempted request should rather be swapped than computed again; see MIN_SWAPPED_TOKENS."""
+        return request.num_computed >= self.config.min_swapped_tokens
 
     # ---- a step ----------------------------------------------------------------------------------------------------
 
@@ -200,7 +226,18 @@ class Scheduler:
             self._admit()
         if not self._planned and self.requests:
             raise RuntimeError(f"{self.pool.num_held} of {self.pool.num_blocks} blocks are held, but not by a request")
-        return StepPlan(tuple(self._planned.values()), tuple(self._copies))
+        return StepPlan(tuple(self._planned.values()), self.pages.moves)
+
+    def prepare(self) -> None:
+        """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""
+        if self._caches:
+            for request in self._waiting[: len(self._seats) + 1]:
+                self.prefixes.extend_keys(request)
+
+    @staticmethod
+    def is_wanted(chunk: Chunk) -> bool:
+        """Whether a planned chunk is still to be computed: not once its request was aborted or preempted."""
+        return chunk.request.status is Status.RUNNING and chunk.request.num_computed == chunk.start
 
     def commit(self, plan: StepPlan, results: Sequence[int | Exception | None]) -> list[Request]:
         """Takes what a step gave for each chunk: the token it chose, None where none was asked for, or what went wrong.
@@ -208,11 +245,10 @@ class Scheduler:
         Gives the requests that got a token or failed, in the plan's order. What was aborted or preempted since the
         plan was made is passed over.
         """
-        self._copies.clear()
         changed = []
         for chunk, result in zip(plan.chunks, results, strict=True):
             request = chunk.request
-            if request.status is not Status.RUNNING or request.num_computed != chunk.start:
+            if not self.is_wanted(chunk):
                 continue
             if isinstance(result, Exception):
                 self.fail(request, result)
@@ -221,8 +257,7 @@ class Scheduler:
             request.num_computed += chunk.length
             if self._caches and request.cacheable:
                 self.prefixes.file(request)
-            if self.config.window:
-                self._give_back_passed(request)
+            self.pages.give_back_passed(request)
             if result is not None:
                 request.tokens.append(result)
                 self.counters.generation_tokens += 1
@@ -232,14 +267,14 @@ class Scheduler:
 
     def fail(self, request: Request, error: Exception) -> None:
         """Ends a request with an error. Pages that it held are never shared again: they may hold what broke it."""
-        self.pool.forget(request.held)
+        self.prefixes.forget(request)
         self.counters.requests_failed += 1
         request.error = error
         self._end(request, "error")
 
     def check_books(self) -> None:
-        """Raises RuntimeError unless every block is free, cached or held as often as running requests list it."""
-        self.pool.check([r.held for r in self.requests.values()])
+        """Raises RuntimeError unless every block is free, cached or held as often as requests list it."""
+        self.pages.check(self.requests.values())
         if len(self._seats) + len(self.running) != self.config.max_num_seqs:
             raise RuntimeError(f"{len(self._seats)} free seats, {len(self.running)} running requests")
         if sorted(map(id, [*self.running, *self._waiting])) != sorted(map(id, self.requests.values())):
@@ -247,47 +282,18 @@ class Scheduler:
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 
-    def _passed(self, position: int) -> int:
-        """How many leading pages the query at `position`, and all after it, look past."""
-        window = self.config.window
-        return max(0, position - window + 1) // self.pool.block_size if window else 0
-
-    def _pages(self, num_tokens: int) -> int:
-        """The most pages that a request of so many tokens holds at once."""
-        pages = self.pool.blocks_for(num_tokens)
-        if self.config.window:
-            widest = self.pool.blocks_for(self.config.window + self.config.max_num_batched_tokens) + 1
-            pages = min(pages, widest)
-        return pages
-
     def _make_room(self, request: Request, budget: int) -> bool:
         """Gives a request the pages of its next chunk, at the cost of requests of worse rank, or of its own."""
-        pool, count = self.pool, min(len(request.tokens) - request.num_computed, budget)
-        first = request.num_computed // pool.block_size
-        shared = first < len(request.blocks) and not pool.is_private(request.blocks[first])
-        needed = pool.blocks_for(request.num_computed + count) - len(request.blocks) + shared
-        while needed > pool.num_available:
+        upto = request.num_computed + min(len(request.tokens) - request.num_computed, budget)
+        while any(needed := self.pages.needed(request, upto)):
+            if not self.pages.short_of(needed):
+                self.pages.extend(request, needed)
+                break
             victim = max(self.running, key=lambda r: r.rank)
             self.preempt(victim)
             if victim is request:
                 return False
-        if needed > 0:
-            blocks = pool.allocate(needed)
-            if shared:
-                source, target = request.blocks[first], blocks.pop()
-                request.blocks[first] = target
-                request.num_listed = min(request.num_listed, first)
-                self._copies.append((source, target))
-                pool.release([source])
-            request.blocks += blocks
         return True
-
-    def _give_back_passed(self, request: Request) -> None:
-        first, end = request.num_passed, min(self._passed(request.num_computed), len(request.blocks))
-        if end > first:
-            self.pool.release(request.blocks[first:end])
-            request.blocks[first:end] = [NO_BLOCK] * (end - first)
-            request.num_passed = end
 
     # ---- from one state to another ---------------------------------------------------------------------------------
 
@@ -318,53 +324,59 @@ class Scheduler:
             share = self._share(request, budget)
             if not share:
                 break
-            if not self._seats and not self._displace(request, 0):
+            if not self._seats and not self._displace(request, [0] * len(self.pages.groups)):
                 break
+            swapped = request.status is Status.SWAPPED
+            hit: list[list[int]] = [[] for _ in self.pages.groups]
             # Tokens whose pages are found are not computed, so there would be no logits of them.
-            hit = self.prefixes.find(request) if self._caches and not request.wants_prompt_rows else []
-            held = [block for block in hit if block != NO_BLOCK]
-            idle = sum(self.pool.count(block) == 0 for block in held)
+            if self._caches and not swapped and not request.wants_prompt_rows:
+                hit = self.prefixes.find(request)
             # Others may grow: room for what they know already, and for one more page each.
-            growth = sum(max(1, 1 + self._pages(len(r.tokens)) - len(r.held)) for r in self.running)
-            needed = max(0, self._pages(len(request.tokens)) - len(held)) + idle + growth
-            short = needed - self.pool.num_available
-            if short > 0:
+            start, growth = self.pages.needed_to_start(request, hit), self.pages.growth(self.running)
+            needed = [own + others for own, others in zip(start, growth, strict=True)]
+            short = [n - group.pool.num_available for n, group in zip(needed, self.pages.groups, strict=True)]
+            if any(count > 0 for count in short):
                 if self._displace(request, short):
                     continue
                 break
             self._waiting.pop(0)
             if request.num_preempted == 0:
-                request.num_hit = len(hit) * self.pool.block_size
+                request.num_hit = len(hit[0]) * self.pool.block_size
                 self.counters.prompt_tokens += request.num_prompt
                 self.counters.prefix_cache_queries += request.num_prompt if self._caches else 0
                 self.counters.prefix_cache_hits += request.num_hit
-            self._start(request, hit, len(hit) * self.pool.block_size)
-            request.num_filed = len(hit)
+            if swapped:
+                self.pages.swap_in(request)
+                self.counters.num_swapped_in += 1
+                self._start(request, request.num_computed)
+            else:
+                self.pages.share(request, hit)
+                self._start(request, len(hit[0]) * self.pool.block_size)
+                request.num_filed = len(hit[0])
             if not self._make_room(request, share):
                 break
             self._plan_chunk(request, share)
 
-    def _displace(self, request: Request, short: int) -> bool:
-        """Preempts requests of lower priority, the worst first, if that gives `request` a seat and `short` pages."""
+    def _displace(self, request: Request, short: Sequence[int]) -> bool:
+        """Preempts requests of lower priority, the worst first, if that gives `request` a seat and the pages that it is
+        short of in each group."""
         lower = sorted((r for r in self.running if r.priority > request.priority), key=lambda r: r.rank, reverse=True)
-        freed, victims = 0, []
+        missing, victims = list(short), []
         for victim in lower:
             victims.append(victim)
-            freed += sum(self.pool.count(block) == 1 for block in victim.held)
-            if freed >= short:
+            missing = [count - freed for count, freed in zip(missing, self.pages.freed(victim), strict=True)]
+            if max(missing) <= 0:
                 break
-        if not victims or freed < short:
+        if not victims or max(missing) > 0:
             return False
         for victim in victims:
             self.preempt(victim)
         return True
 
-    def _start(self, request: Request, blocks: Sequence[int], num_computed: int) -> None:
-        """From waiting to running, on pages that hold its first tokens already."""
-        request.blocks, request.num_computed = list(blocks), num_computed
-        request.num_passed = next((i for i, block in enumerate(blocks) if block != NO_BLOCK), len(blocks))
-        self.pool.share(request.held)
-        request.status, request.seat, request.num_listed = Status.RUNNING, self._seats.pop(), 0
+    def _start(self, request: Request, num_computed: int) -> None:
+        """From waiting to running, with pages that hold its first tokens already."""
+        request.num_computed = num_computed
+        request.status, request.seat = Status.RUNNING, self._seats.pop()
         self.running.append(request)
 
     def _enqueue(self, request: Request) -> None:
@@ -372,8 +384,13 @@ class Scheduler:
 
     def _vacate(self, request: Request) -> None:
         """From running to nowhere."""
-        self.pool.release(request.held)
-        request.blocks, request.num_passed, request.num_computed, request.num_filed = [], 0, 0, 0
+        self.pages.release(request)
+        request.num_computed = 0
+        self._leave(request)
+
+    def _leave(self, request: Request) -> None:
+        """Gives up a running request's seat."""
+        request.num_filed = 0
         self.running.remove(request)
         self._seats.append(request.seat)
         request.seat = -1
@@ -384,6 +401,7 @@ class Scheduler:
             self._vacate(request)
         else:
             self._waiting.remove(request)
+            self.pages.release(request)
         request.finish_reason = reason
         request.status = Status.FINISHED
         del self.requests[request.request_id]

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import numpy as np
 import torch
@@ -13,7 +14,10 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One ragged batch of T tokens of B requests; see `compiler.step.STEP_INPUTS` for shapes and dtypes."""
+    """One ragged batch of T tokens of B requests; see `compiler.step` for shapes and dtypes.
+
+    Without pages of their own, layers with a window use those of the others.
+    """
 
     input_ids: Tensor
     positions: Tensor
@@ -22,6 +26,18 @@ class StepBatch:
     seq_lens: Tensor
     block_tables: Tensor
     logits_indices: Tensor
+    window_slot_mapping: Tensor | None = None
+    window_block_tables: Tensor | None = None
+
+    def inputs(self, names: Iterable[str]) -> list[Tensor]:
+        """The named inputs of a step program."""
+        return [self._input(name) for name in names]
+
+    def _input(self, name: str) -> Tensor:
+        tensor = getattr(self, name)
+        if tensor is None:
+            tensor = getattr(self, name.removeprefix("window_"))
+        return cast(Tensor, tensor)
 
     @staticmethod
     def build(

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Sequence
 
 import torch
 
 from llmopt.codegen.program import Program
-from llmopt.compiler.step import STEP_INPUTS, CacheSpec
+from llmopt.compiler.step import CacheSpec, group_windows, step_inputs
 from llmopt.runtime.cuda_executable import make_executable
 from llmopt.runtime.cuda_graphs import DecodeGraphs
 from llmopt.runtime.kv_cache import KVCache
@@ -17,10 +18,10 @@ Tensor = torch.Tensor
 
 
 class StepProgram:
-    """A step program bound to its weights.
+    """A step program bound to its weights. Threads may share it: steps are taken one at a time.
 
     Args:
-        program: inputs are STEP_INPUTS in order, then the caches, K and V of each layer in turn.
+        program: inputs are `step_inputs(caches)` in order, then the caches, K and V of each layer in turn.
         caches: what each attention layer stores.
         block_size: tokens in one page.
         threads: CPU threads, 0 for PyTorch's number.
@@ -38,38 +39,51 @@ class StepProgram:
         self.program, self.caches, self.block_size = program, list(caches), block_size
         self.executable = make_executable(program, threads, device)
         self.graphs = DecodeGraphs(self.run) if program.target == "cuda" and not program.fallbacks else None
+        self.input_names = tuple(step_inputs(caches))
+        self._lock = threading.Lock()
         self.rows_computed = 0
         self.num_steps = 0
 
     def bind(self, weights: Sequence[Tensor]) -> None:
         """Sets the weights, in the program's order."""
-        self.executable.bind(weights)
+        with self._lock:
+            self.executable.bind(weights)
 
-    def new_cache(self, num_blocks: int) -> KVCache:
-        """An empty KV cache for this program."""
-        return KVCache(self.caches, num_blocks, self.block_size, self.executable.device)
+    def new_cache(self, num_blocks: int | Sequence[int], host_blocks: Sequence[int] | None = None) -> KVCache:
+        """An empty KV cache for this program; arguments as those of `KVCache`."""
+        return KVCache(self.caches, num_blocks, self.block_size, self.executable.device, host_blocks)
 
     def bytes_per_block(self) -> int:
         """Bytes of one block over all layers."""
-        return self.block_size * sum(spec.bytes_per_token() for spec in self.caches)
+        return sum(self.bytes_per_block_of_groups())
+
+    def bytes_per_block_of_groups(self) -> list[int]:
+        """Bytes of one block over the layers of each group."""
+        sizes = [0] * len(group_windows(self.caches))
+        for spec in self.caches:
+            sizes[spec.group] += self.block_size * spec.bytes_per_token()
+        return sizes
 
     def __call__(self, batch: StepBatch, cache: KVCache, *, lend: bool = False) -> Tensor:
         """Logits `[R, V]` of the rows that the batch asks for; keys and values of its tokens are in the cache then.
 
         With `lend` the next such call may overwrite them: a step of sizes that were there before allocates nothing.
         """
-        self.rows_computed += batch.input_ids.shape[0]
-        self.num_steps += 1
-        if self.graphs is not None:
-            logits = self.graphs(batch, cache, self.executable)
-            if logits is not None:
-                return logits
-        return self.run(batch, cache, lend=lend).cpu()
+        with self._lock:
+            self.rows_computed += batch.input_ids.shape[0]
+            self.num_steps += 1
+            if self.graphs is not None:
+                logits = self.graphs(batch, cache, self.executable)
+                if logits is not None:
+                    return logits
+            return self.run(batch, cache, lend=lend).cpu()
 
     def run(self, batch: StepBatch, cache: KVCache, *, lend: bool = False) -> Tensor:
         """As a call, launched kernel by kernel; logits stay on the program's device."""
         device = self.executable.device
-        inputs = [getattr(batch, name).to(device, non_blocking=True) for name in STEP_INPUTS]
+        inputs = batch.inputs(self.input_names)
+        if device.type != "cpu":
+            inputs = [tensor.to(device, non_blocking=True) for tensor in inputs]
         # Weights follow the caches among the program's arguments; they are bound already.
         rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors))
         logits: Tensor = self.executable([*inputs, *cache.tensors, *rest], lend=lend)[0]

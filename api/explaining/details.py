@@ -16,7 +16,7 @@ from llmopt.compiler.costs import group_cost, node_costs
 from llmopt.compiler.graph import location, placeholders
 from llmopt.compiler.opspec import Cost
 from llmopt.compiler.report import CallReport, Details, ValueLife
-from llmopt.compiler.step import STEP_INPUTS
+from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS
 
 # The sizes of a step program by (input, dimension): the name, what it counts, and the value in a decode step.
 _STEP_SIZES: dict[tuple[str, int], tuple[str, str, int]] = {
@@ -36,6 +36,8 @@ def program_symbols(program: Program) -> tuple[dict[str, sympy.Symbol], dict[str
     symbols: dict[str, sympy.Symbol] = {}
     meanings: dict[str, str] = {}
     hints: dict[str, int] = {}
+    grouped = any(value.name in WINDOW_INPUTS for value in program.values)
+    inputs = [*STEP_INPUTS, *(WINDOW_INPUTS if grouped else ())]
     for source in program.symbols:
         name, meaning, hint = source.name, f"argument {source.index}, dimension {source.dim}", 1
         if source.dim < 0:
@@ -43,7 +45,6 @@ def program_symbols(program: Program) -> tuple[dict[str, sympy.Symbol], dict[str
         value = program.inputs[source.index]
         if value is not None:
             meaning = f"{program.values[value].name}.shape[{source.dim}]"
-        inputs = list(STEP_INPUTS)
         key = (inputs[source.index], source.dim) if source.index < len(inputs) else ("cache", source.dim)
         name, meaning, hint = _STEP_SIZES.get(key, _CACHE_PAGES if key[0] == "cache" else (name, meaning, hint))
         symbols[source.name] = sympy.Symbol(name, integer=True, positive=True)

@@ -64,7 +64,7 @@ class Sampler:
             return []
         raw = logits[:, : self.vocab_size]
         adjusted = any(state.is_adjusted for state in states)
-        plain = raw.dtype == torch.float32 and not adjusted
+        plain = not adjusted and (raw.dtype == torch.float32 or _is_greedy_bfloat16(raw, states))
         scores = raw if plain else self._scores.like(raw).copy_(raw)
         if adjusted:
             return self._choose_adjusted(raw, scores, states)
@@ -140,6 +140,11 @@ class Sampler:
             return {}
         counts = [states[row].params.logprobs or 0 for row in rows]
         return dict(zip(rows, token_logprobs(raw[rows], [tokens[row] for row in rows], counts), strict=True))
+
+
+def _is_greedy_bfloat16(logits: Tensor, states: Sequence[SamplingState]) -> bool:
+    """Whether the largest logits are all that is needed, of a type that they are found in without a copy."""
+    return logits.dtype == torch.bfloat16 and all(state.params.is_greedy for state in states)
 
 
 def _failure(value: float) -> str:

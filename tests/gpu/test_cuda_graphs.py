@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 
@@ -44,3 +46,18 @@ def test_fillers_store_nothing_and_see_one_token() -> None:
     assert torch.equal(padded.block_tables[:3, :3], own.block_tables)
     assert not padded.block_tables[3:].any() and not padded.block_tables[:, 3:].any()
     assert {getattr(padded, n).dtype for n in ("cu_seqlens_q", "seq_lens", "block_tables")} == {torch.int32}
+
+
+def test_pages_of_layers_with_a_window_are_filled_up_as_the_others() -> None:
+    own = batch([[7], [8], [9]], [4, 0, 9])
+    apart = dataclasses.replace(
+        own, window_slot_mapping=own.slot_mapping + 4, window_block_tables=own.block_tables.flip(0)
+    )
+    padded = pad_decode(apart, 8, 4)
+    assert padded.window_slot_mapping is not None and padded.window_block_tables is not None
+    assert padded.window_slot_mapping.tolist() == [*(own.slot_mapping + 4).tolist(), *[-1] * 5]
+    assert torch.equal(padded.window_block_tables[:3, :3], own.block_tables.flip(0))
+    assert not padded.window_block_tables[3:].any() and not padded.window_block_tables[:, 3:].any()
+    assert pad_decode(own, 8, 4).window_block_tables is None
+    # A batch without uses the other layers' pages for all.
+    assert own.inputs(["window_slot_mapping"]) == [own.slot_mapping]

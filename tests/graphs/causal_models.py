@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -21,13 +21,20 @@ class TinyCausal(nn.Module):
 
     extra: (model, hidden[1, S, 16], positions[S]) -> hidden, called before the last layer.
     positions: length -> the index of each position in the table.
+    windows: of each layer how many of the latest tokens it looks at, 0 for all; instead of `layers`.
     """
 
     def __init__(
-        self, extra: Extra | None = None, positions: Callable[[int], Tensor] = torch.arange, layers: int = 1
+        self,
+        extra: Extra | None = None,
+        positions: Callable[[int], Tensor] = torch.arange,
+        layers: int = 1,
+        windows: Sequence[int] = (),
     ) -> None:
         super().__init__()
         self.extra, self.positions = extra, positions
+        self.windows = windows or (0,) * layers
+        layers = len(self.windows)
         self.embed, self.places = nn.Embedding(VOCABULARY, HIDDEN), nn.Embedding(POSITIONS, HIDDEN)
         self.qkv = nn.ModuleList([nn.Linear(HIDDEN, 3 * HIDDEN) for _ in range(layers)])
         self.out = nn.ModuleList([nn.Linear(HIDDEN, HIDDEN) for _ in range(layers)])
@@ -43,7 +50,11 @@ class TinyCausal(nn.Module):
             if layer == len(self.qkv) - 1 and self.extra is not None:
                 x = self.extra(self, x, positions)
             q, k, v = qkv(self.norm(x)).view(1, -1, 3, HEADS, HIDDEN // HEADS).permute(2, 0, 3, 1, 4)
-            y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+            mask = None
+            if window := self.windows[layer]:
+                places = torch.arange(ids.shape[1])
+                mask = (places <= places[:, None]) & (places > places[:, None] - window)
+            y = F.scaled_dot_product_attention(q, k, v, attn_mask=mask, is_causal=mask is None)
             x = x + out(y.transpose(1, 2).reshape(1, -1, HIDDEN))
         return self.head(self.norm(x))
 

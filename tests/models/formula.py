@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmopt.runtime.block_pool import BlockPool
+from llmopt.runtime.page_groups import MoveKind, PageGroup
 from llmopt.runtime.request import NO_BLOCK, Request
 from llmopt.runtime.sampling import SamplingParams
 from llmopt.runtime.scheduler import Scheduler, SchedulerConfig, StepPlan
@@ -14,9 +15,12 @@ from llmopt.runtime.scheduler import Scheduler, SchedulerConfig, StepPlan
 SIZE = 4
 
 
-def make(num_blocks: int = 64, **changes: Any) -> Scheduler:
-    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, **changes}
-    return Scheduler(BlockPool(num_blocks, SIZE), SchedulerConfig(**limits))
+def make(num_blocks: int = 64, windows: Sequence[int] = (0,), swap_blocks: int = 0, **changes: Any) -> Scheduler:
+    """A scheduler over groups of layers with these windows, each with a pool, and a swap space if it has blocks."""
+    limits = {"max_num_seqs": 4, "max_num_batched_tokens": 16, "max_model_len": 64, "min_swapped_tokens": 1, **changes}
+    space = lambda: BlockPool(swap_blocks, SIZE) if swap_blocks else None  # noqa: E731
+    groups = [PageGroup(BlockPool(num_blocks, SIZE), window, space()) for window in windows]
+    return Scheduler(groups, SchedulerConfig(**limits))
 
 
 def request(name: str, prompt: Sequence[int] | int, max_tokens: int = 5, **fields: Any) -> Request:
@@ -35,28 +39,32 @@ class Memory:
 
     def __init__(self, scheduler: Scheduler) -> None:
         self.scheduler = scheduler
-        self.slots: dict[tuple[int, int], int] = {}
+        # By (group, whether in the swap space, block), then by offset.
+        self.pages: dict[tuple[int, bool, int], dict[int, int]] = {}
+        self.moves = dict.fromkeys(MoveKind, 0)
 
     def run(self, plan: StepPlan) -> list[int | None]:
-        window = self.scheduler.config.window
-        for source, target in plan.copies:
-            for offset in range(SIZE):
-                self.slots.pop((target, offset), None)
-                if (source, offset) in self.slots:
-                    self.slots[target, offset] = self.slots[source, offset]
-        for chunk in plan.chunks:
-            for position in range(chunk.start, chunk.start + chunk.length):
-                block = chunk.request.blocks[position // SIZE]
-                pool = self.scheduler.pool
-                assert pool.is_private(block), "a step writes to a page that others look at"
-                self.slots[block, position % SIZE] = chunk.request.tokens[position]
+        while plan.moves:
+            kind, group, sources, targets = plan.moves.popleft()
+            self.moves[kind] += len(sources)
+            for source, target in zip(sources, targets, strict=True):
+                held = self.pages.get((group, kind is MoveKind.SWAP_IN, source), {})
+                self.pages[group, kind is MoveKind.SWAP_OUT, target] = dict(held)
+        groups = list(enumerate(self.scheduler.pages.groups))
+        for owner, start, length, _ in plan.chunks:
+            for number, group in groups:
+                for position in range(start, start + length):
+                    block = owner.tables[number].blocks[position // SIZE]
+                    assert group.pool.is_private(block), "a step writes to a page that others look at"
+                    self.pages.setdefault((number, False, block), {})[position % SIZE] = owner.tokens[position]
         results: list[int | None] = []
         for owner, start, length, samples in plan.chunks:
-            first = max(0, start - window + 1) if window else 0
-            for position in range(first, start + length):
-                block = owner.blocks[position // SIZE]
-                assert block != NO_BLOCK, "a page was given back that is still looked at"
-                assert self.slots[block, position % SIZE] == owner.tokens[position]
+            for number, group in groups:
+                first = max(0, start - group.window + 1) if group.window else 0
+                for position in range(first, start + length):
+                    block = owner.tables[number].blocks[position // SIZE]
+                    assert block != NO_BLOCK, "a page was given back that is still looked at"
+                    assert self.pages[number, False, block][position % SIZE] == owner.tokens[position]
             results.append(next_token(owner.tokens) if samples else None)
         return results
 
@@ -77,7 +85,9 @@ def finish(scheduler: Scheduler, memory: Memory | None = None, limit: int = 5000
             break
         step(scheduler, memory)
     assert not scheduler.has_unfinished
-    assert scheduler.pool.num_held == 0
+    for group in scheduler.pages.groups:
+        assert group.pool.num_held == 0
+        assert group.host is None or group.host.num_held == 0
 
 
 def expected(prompt: Sequence[int], count: int) -> list[int]:

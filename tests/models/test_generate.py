@@ -26,7 +26,6 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
-from llmopt.compiler.step import STEP_INPUTS
 from llmopt.engine import ModelEngine
 from llmopt.runtime.sampling import SamplingParams
 from llmopt.runtime.step_program import StepBatch
@@ -198,7 +197,7 @@ def test_a_decode_step_is_one_native_call(name: str) -> None:
     batch = StepBatch.build([[3], [5]], [0, 0], held, program.block_size)
     program(batch, cache)  # the arena grows here
     executable = program.executable
-    inputs = [getattr(batch, field) for field in STEP_INPUTS]
+    inputs = batch.inputs(program.input_names)
     rest = [None] * (len(program.program.inputs) - len(inputs) - len(cache.tensors))
     with CountOps() as count:
         torch.zeros(1)

@@ -16,7 +16,7 @@ from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import nodes_of, outputs, placeholders, tensor
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import PassContext, PassReport, copy_graph, run_pipeline
-from llmopt.compiler.step import STEP_INPUTS
+from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS, group_windows
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.pipeline import RAISING, step_pipeline
@@ -55,10 +55,15 @@ def run_step(graph: fx.Graph, model: nn.Module, rows: list[list[int]], chunk: in
             "block_tables": tables[live],
             "logits_indices": torch.arange(int(ends[-1])),
         }
+        # Layers with a window have other pages: the same ones in the opposite order.
+        step["window_block_tables"] = tables.max() - step["block_tables"]
+        own = tables.max() - tables[owner, positions // BLOCK]
+        step["window_slot_mapping"] = own * BLOCK + positions % BLOCK
+        dtypes = {**STEP_INPUTS, **WINDOW_INPUTS}
         arguments: list[Any] = []
         for node in placeholders(graph):
-            if node.name in STEP_INPUTS:
-                arguments.append(step[node.name].to(STEP_INPUTS[node.name]))
+            if node.name in dtypes:
+                arguments.append(step[node.name].to(dtypes[node.name]))
             elif "cache" in node.meta:
                 shape = (tables.numel() + 1, *map(int, tensor(node).shape[1:]))
                 arguments.append(caches.setdefault(node.name, torch.full(shape, torch.nan)))
@@ -92,6 +97,24 @@ def test_a_step_equals_the_model() -> None:
 def _frequencies() -> Tensor:
     """`[1, HIDDEN, 1]`: times positions as a row, this is rope as older transformers write it."""
     return (0.1 * torch.arange(HIDDEN))[None, :, None]
+
+
+def test_layers_with_a_window_have_pages_of_their_own() -> None:
+    """Only where others have none."""
+    model = TinyCausal(windows=(5, 0, 3))
+    report = check(model, verify=True)
+    assert report.notes == ["3 attention layers, 2 of them with a window and pages of their own"]
+    graph, _ = step_graph(model)
+    names = [node.name for node in placeholders(graph)]
+    assert names[:9] == [*STEP_INPUTS, *WINDOW_INPUTS] and names[9] == "k_cache_0"
+    specs = [node.meta["cache"] for node in placeholders(graph) if "cache" in node.meta][::2]
+    assert [(spec.window, spec.group) for spec in specs] == [(5, 1), (0, 0), (3, 1)]
+    assert group_windows(specs) == [0, 5]
+    for windows in ((5, 3), (0, 0)):
+        graph, _ = step_graph(TinyCausal(windows=windows))
+        assert not WINDOW_INPUTS.keys() & {node.name for node in placeholders(graph)}
+        specs = [node.meta["cache"] for node in placeholders(graph) if "cache" in node.meta]
+        assert group_windows(specs) == [max(windows)]
 
 
 ACCEPTED: dict[str, Extra] = {

@@ -165,6 +165,87 @@ def test_a_maimed_sampler_is_noticed(
     assert statistic(SHORT, case, right) > 1
 
 
+PROMPT, HISTORY = [0, 3, 3], [4, 4, 0]
+WORDS = Constraints(bad_words=((2,), (0, 4)))
+
+ADJUSTED: list[dict[str, Any]] = [
+    {"repetition_penalty": 1.6},
+    {"repetition_penalty": 0.7},
+    {"presence_penalty": 0.8},
+    {"frequency_penalty": 0.5},
+    {"logit_bias": {1: 1.5, 4: -1.0}},
+    {"allowed_token_ids": [0, 2, 5, 7]},
+    {"bad_words": ("c", "ae")},
+    {"min_tokens": 4, "stop_token_ids": (0, 7)},
+    {
+        "logit_bias": {7: 1.5},
+        "repetition_penalty": 1.2,
+        "presence_penalty": 0.3,
+        "frequency_penalty": 0.2,
+        "top_p": 0.9,
+    },
+]
+
+
+def adjusted(logits: Tensor, params: SamplingParams) -> Tensor:
+    """Logits after the options that change them, one token at a time, by their definitions."""
+    scores = logits.double().tolist()
+    for token in range(len(scores)):
+        if params.allowed_token_ids is not None and token not in params.allowed_token_ids:
+            scores[token] = -math.inf
+        if params.bad_words and token in (2, 4):  # the word (2,), and (0, 4) after the 0 that ends HISTORY
+            scores[token] = -math.inf
+        if len(HISTORY) < params.min_tokens and token in params.stop_token_ids:
+            scores[token] = -math.inf
+        scores[token] += (params.logit_bias or {}).get(token, 0.0)
+        if token in PROMPT + HISTORY:
+            factor = params.repetition_penalty
+            scores[token] = scores[token] / factor if scores[token] > 0 else scores[token] * factor
+        times = HISTORY.count(token)
+        scores[token] -= params.frequency_penalty * times + params.presence_penalty * (times > 0)
+    return torch.tensor(scores, dtype=torch.float64)
+
+
+def adjusted_statistic(case: dict[str, Any], right: dict[str, Any]) -> float:
+    """Draws once after HISTORY from each of many streams, against what `right` should give."""
+    params, wanted = SamplingParams(**case, seed=11), SamplingParams(**right)
+    states = []
+    for stream in range(DRAWS):
+        state = SamplingState(params, PROMPT, stream, constraints=WORDS if params.bad_words else None)
+        for token in HISTORY:
+            state.accept(token)
+        states.append(state)
+    tokens = tokens_of(Sampler(len(SHORT)), SHORT.expand(DRAWS, -1), states)
+    counts = torch.bincount(torch.tensor(tokens), minlength=len(SHORT))
+    return chi_squared(counts, reference(adjusted(SHORT, wanted), wanted.replace(temperature=1.0)))
+
+
+@pytest.mark.parametrize("case", ADJUSTED)
+def test_draws_from_changed_logits_follow_the_distribution(case: dict[str, Any]) -> None:
+    assert adjusted_statistic(case, case) < 1
+
+
+@pytest.mark.parametrize("case", ADJUSTED)
+def test_a_sampler_that_ignores_an_option_is_noticed(case: dict[str, Any]) -> None:
+    name = next(iter(case))
+    assert adjusted_statistic({key: value for key, value in case.items() if key != name}, case) > 1
+
+
+@pytest.mark.parametrize(
+    ("wrong", "right"),
+    [
+        ({"repetition_penalty": 1.3}, {"repetition_penalty": 1.6}),
+        ({"presence_penalty": 0.5}, {"presence_penalty": 0.8}),
+        # What was generated once and twice: one penalty taken for the other.
+        ({"presence_penalty": 0.5}, {"frequency_penalty": 0.5}),
+        ({"logit_bias": {1: 1.5}}, {"logit_bias": {1: 1.2}}),
+        ({"allowed_token_ids": [0, 2, 5]}, {"allowed_token_ids": [0, 2, 5, 7]}),
+    ],
+)
+def test_another_strength_of_an_option_is_noticed(wrong: dict[str, Any], right: dict[str, Any]) -> None:
+    assert adjusted_statistic(wrong, right) > 1
+
+
 def test_successive_draws_of_one_stream_are_independent() -> None:
     sampler, state = Sampler(4), SamplingState(SamplingParams(seed=3), [0])
     logits = torch.zeros(1, 4)
@@ -313,6 +394,28 @@ def test_greedy_is_the_first_of_the_best(dtype: torch.dtype, vocab: int) -> None
         vocab - 1,
     ]
     assert torch.equal(logits, given), "the caller's logits are left as they are"
+
+
+@pytest.mark.parametrize("width", [40, 1300])
+def test_the_largest_by_the_bits_of_bfloat16(width: int) -> None:
+    """Where the order of bits is not that of numbers: negative rows, zeros of both signs, NaN of both signs."""
+    rows = torch.randn(8, width).bfloat16()
+    rows[1] = -rows[1].abs() - 1
+    rows[2] = rows[3] = -1.0
+    rows[2, 9], rows[2, 12] = -0.0, 0.0
+    rows[3, 7] = rows[3, 20] = 0.0
+    rows[4, 5] = -math.inf
+    rows[5, 6], rows[5, 30] = math.inf, math.inf
+    for group in ([0, 4, 5], [1], [2], [3], list(range(6))):
+        values, places = largest(rows[group])
+        exact = rows[group].float()
+        assert values.dtype == torch.float32 and values.tolist() == exact.amax(-1).tolist()
+        assert places.tolist() == [row.index(max(row)) for row in exact.tolist()]
+    for bits in (0x7FC0, -0x40):  # the second is 0xFFC0, which a processor makes of inf - inf
+        rows[7].view(torch.int16)[11] = bits
+        for kind in (torch.bfloat16, torch.float32):
+            values, places = largest(rows[[0, 7]].to(kind))
+            assert values.isnan().tolist() == [False, True] and places[1] == 11
 
 
 def test_several_largest_are_those_of_topk() -> None:

@@ -12,6 +12,7 @@ from models.formula import Memory, check_outputs, expected, finish, make, reques
 
 from llmopt.errors import InputError, QueueFullError
 from llmopt.runtime.block_pool import BlockPool
+from llmopt.runtime.page_groups import MoveKind, PageGroup
 from llmopt.runtime.request import Request, Status
 from llmopt.runtime.scheduler import Scheduler, SchedulerConfig
 
@@ -35,7 +36,7 @@ def closure(path: Path) -> set[str]:
     return found
 
 
-@pytest.mark.parametrize("name", ["block_pool", "request", "prefix_cache", "metrics", "scheduler"])
+@pytest.mark.parametrize("name", ["block_pool", "request", "page_groups", "prefix_cache", "metrics", "scheduler"])
 def test_it_never_sees_a_tensor(name: str) -> None:
     loaded = {module.split(".")[0] for module in closure(ROOT / "runtime" / f"{name}.py")}
     assert loaded.isdisjoint({"torch", "numpy"})
@@ -236,7 +237,7 @@ def test_a_plan_that_was_not_carried_out_is_made_again() -> None:
     child = request("b", parent.tokens[:6], 8)
     scheduler.fork("a", child)
     first = scheduler.plan()
-    assert first.copies
+    assert first.moves
     scheduler.check_books()
     again = scheduler.plan()
     assert again == first
@@ -300,7 +301,7 @@ def test_admission_does_not_reserve_the_longest_output() -> None:
 def test_allocated_and_unused_pages_are_few() -> None:
     """Mean length 300, pages of 16: under 4 % of the tokens that held pages could store are not stored, over a run."""
     scheduler = Scheduler(
-        BlockPool(2000, 16),
+        [PageGroup(BlockPool(2000, 16))],
         SchedulerConfig(max_num_seqs=32, max_num_batched_tokens=512, max_model_len=4096, enable_prefix_caching=False),
     )
     for i in range(48):
@@ -311,7 +312,7 @@ def test_allocated_and_unused_pages_are_few() -> None:
         plan = scheduler.plan()
         scheduler.commit(plan, [1 if chunk.samples else None for chunk in plan.chunks])
         running = scheduler.running
-        capacity += sum(len(each.blocks) * 16 for each in running)
+        capacity += sum(len(each.tables[0].blocks) * 16 for each in running)
         used += sum(each.num_computed for each in running)
         lengths += [len(each.tokens) for each in running]
     assert 280 < sum(lengths) / len(lengths) < 360
@@ -402,7 +403,7 @@ def test_forks_share_until_they_write() -> None:
     assert child.status is Status.RUNNING and child.num_computed == 9
     assert scheduler.pool.num_held == held
     plan, _ = step(scheduler, memory)
-    assert len(plan.copies) == 1
+    assert memory.moves[MoveKind.COPY] == 1
     assert {chunk.request.request_id: chunk.length for chunk in plan.chunks} == {"a": 1, "b": 1}
     finish(scheduler, memory)
     check_outputs([parent, child])
@@ -416,7 +417,7 @@ def test_forks_share_until_they_write() -> None:
 @pytest.mark.parametrize("window", [1, 3, 4, 5, 9])
 @pytest.mark.parametrize("budget", [3, 16])
 def test_pages_behind_the_window_are_given_back(window: int, budget: int) -> None:
-    scheduler = make(14, window=window, max_num_batched_tokens=budget, max_model_len=200)
+    scheduler = make(14, windows=(window,), max_num_batched_tokens=budget, max_model_len=200)
     memory = Memory(scheduler)
     prompt = list(range(50))
     requests = [request(name, prompt, 60) for name in "ab"]
@@ -428,7 +429,7 @@ def test_pages_behind_the_window_are_given_back(window: int, budget: int) -> Non
             step(scheduler, memory)
             most = max(most, scheduler.pool.num_held)
         # Far fewer than the 28 pages of the whole sequence.
-        assert most <= scheduler._pages(110) <= 8
+        assert most <= scheduler.pages.most(scheduler.pages.groups[0], 110) <= 8
         hits.append(each.num_hit)
     check_outputs(requests)
     assert hits[0] == 0
@@ -436,7 +437,7 @@ def test_pages_behind_the_window_are_given_back(window: int, budget: int) -> Non
 
 
 def test_a_window_needs_only_its_own_pages_to_be_found() -> None:
-    scheduler = make(40, window=6)
+    scheduler = make(40, windows=(6,))
     memory = Memory(scheduler)
     prompt = list(range(30))
     first = request("a", prompt, 2)

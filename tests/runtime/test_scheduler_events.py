@@ -12,6 +12,7 @@ from models.formula import Memory, check_outputs, expected, finish, make, reques
 
 from llmopt.errors import InputError, QueueFullError
 from llmopt.runtime.request import Request, Status
+from llmopt.runtime.scheduler import StepPlan
 
 
 class Events(RuleBasedStateMachine):
@@ -24,23 +25,28 @@ class Events(RuleBasedStateMachine):
         super().__init__()
         self.count = 0
         self.seen: list[Request] = []
+        self.flight: tuple[StepPlan, list[int | None]] | None = None
 
     @rule(
         blocks=st.integers(6, 30),
         seqs=st.integers(1, 5),
         budget=st.integers(1, 20),
-        window=st.sampled_from([0, 0, 3, 8]),
+        windows=st.sampled_from([(0,), (0,), (3,), (8,), (0, 3), (0, 8)]),
+        swap_blocks=st.sampled_from([0, 0, 5, 40]),
         caching=st.booleans(),
     )
     @precondition(lambda self: self.count == 0)
-    def start(self, blocks: int, seqs: int, budget: int, window: int, caching: bool) -> None:
+    def start(
+        self, blocks: int, seqs: int, budget: int, windows: tuple[int, ...], swap_blocks: int, caching: bool
+    ) -> None:
         self.count = 1
         self.scheduler = make(
             blocks,
+            windows,
+            swap_blocks,
             max_num_seqs=seqs,
             max_num_batched_tokens=budget,
             max_num_queued=6,
-            window=window,
             enable_prefix_caching=caching,
         )
         self.memory = Memory(self.scheduler)
@@ -90,23 +96,49 @@ class Events(RuleBasedStateMachine):
     def preempt(self, number: int) -> None:
         self.scheduler.preempt(self.pick(number, self.scheduler.running))
 
+    @rule()
+    @precondition(lambda self: self.count and not self.flight and self.scheduler.requests)
+    def launch(self) -> None:
+        """Begins a step, whose results come after other events."""
+        plan = self.scheduler.plan()
+        assert plan.chunks, "a step without work while requests are unfinished"
+        self.scheduler.check_books()
+        self.scheduler.prepare()
+        self.flight = plan, self.memory.run(plan)
+
+    @rule()
+    @precondition(lambda self: self.flight)
+    def settle(self) -> None:
+        if self.flight:
+            plan, results = self.flight
+            self.flight = None
+            self.scheduler.commit(plan, results)
+
     @rule(number=st.integers(0, 99), during=st.sampled_from(["nothing", "failure", "abort", "preempt", "interrupt"]))
     @precondition(lambda self: self.count and self.scheduler.requests)
     def step(self, number: int, during: str) -> None:
+        self.settle()
+        if not self.scheduler.requests:
+            return
         plan = self.scheduler.plan()
         assert plan.chunks, "a step without work while requests are unfinished"
         self.scheduler.check_books()
         if during == "interrupt":
             return
         results: list[int | Exception | None] = [*self.memory.run(plan)]
-        hit = number % len(plan.chunks)
+        victim = plan.chunks[number % len(plan.chunks)].request
+        held = [table.held for table in victim.tables]
         if during == "failure":
-            results[hit] = ValueError("no")
+            results[number % len(plan.chunks)] = ValueError("no")
         elif during == "abort":
-            self.scheduler.abort(plan.chunks[hit].request.request_id)
+            self.scheduler.abort(victim.request_id)
         elif during == "preempt":
-            self.scheduler.preempt(plan.chunks[hit].request)
+            self.scheduler.preempt(victim)
         self.scheduler.commit(plan, results)
+        if during == "failure":
+            assert victim.finish_reason == "error"
+            for group, blocks in zip(self.scheduler.pages.groups, held, strict=True):
+                assert not any(group.pool.is_filed(block) for block in blocks), "what may be broken can be found"
 
     @rule()
     @precondition(lambda self: self.count)
@@ -116,6 +148,7 @@ class Events(RuleBasedStateMachine):
     @rule()
     @precondition(lambda self: self.count)
     def drain(self) -> None:
+        self.settle()
         finish(self.scheduler, self.memory)
 
     @invariant()
@@ -123,14 +156,16 @@ class Events(RuleBasedStateMachine):
         if not self.count:
             return
         self.scheduler.check_books()
-        pool = self.scheduler.pool
-        assert pool.num_free + pool.num_cached + pool.num_held == pool.num_blocks
+        for group in self.scheduler.pages.groups:
+            for pool in filter(None, (group.pool, group.host)):
+                assert pool.num_free + pool.num_cached + pool.num_held == pool.num_blocks
         for each in self.seen:
             assert each.generated == expected(each.tokens[: each.num_prompt], each.num_generated)
-            assert each.status is not Status.FINISHED or each.blocks == []
+            assert each.status is not Status.FINISHED or not any(t.blocks or t.host for t in each.tables)
 
     def teardown(self) -> None:
         if self.count:
+            self.settle()
             finish(self.scheduler, self.memory)
             self.scheduler.check_books()
             for each in self.seen:
