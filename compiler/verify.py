@@ -185,13 +185,14 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
         "seq_lens": torch.tensor(lengths),
         "block_tables": tables,
         "logits_indices": ends - 1,
+        "adapter_index": torch.arange(sum(counts)) % 2 - 1,
     }
     made = []
     for node in nodes:
         if node.name == "input_ids" and tensor(node).ndim == 2:  # embeddings of the tokens
             made.append(_random_tensor([sum(counts), int(tensor(node).shape[1])], tensor(node).dtype, rng))
         elif node.name in step:
-            made.append(step[node.name].to(STEP_INPUTS[node.name]))
+            made.append(step[node.name].to(tensor(node).dtype))
         elif node in caches:
             made.append(_random_tensor([sum(needed) + 1, *map(int, tensor(node).shape[1:])], tensor(node).dtype, rng))
         else:
