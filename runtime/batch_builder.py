@@ -20,10 +20,13 @@ class BatchBuilder:
         block_size: tokens in a page.
         witness_stride: rows whose logits are computed besides each chunk's last, so many tokens apart; 0 for none.
             A row that came out finite vouches for all keys and values that it attends to.
+        adapters: whether the program takes adapters.
     """
 
-    def __init__(self, max_num_seqs: int, block_size: int, witness_stride: int = 0) -> None:
-        self.block_size, self.witness_stride = block_size, witness_stride
+    def __init__(
+        self, max_num_seqs: int, block_size: int, witness_stride: int = 0, *, adapters: bool = False
+    ) -> None:
+        self.block_size, self.witness_stride, self.adapters = block_size, witness_stride, adapters
         self._tables = np.zeros((max_num_seqs, 16), np.int32)
 
     def rows(self, chunk: Chunk) -> Sequence[int]:
@@ -73,7 +76,11 @@ class BatchBuilder:
         bounds[1:] = ends
         lengths = (starts + counts).astype(np.int32)
         arrays = (ids, positions, slots, bounds, lengths, tables, wanted)
-        return StepBatch(*map(torch.from_numpy, arrays))
+        index: torch.Tensor | None = None
+        if self.adapters:
+            each = np.fromiter([chunk.request.adapter_slot for chunk in chunks], np.int32, num)
+            index = torch.from_numpy(each[owners])
+        return StepBatch(*map(torch.from_numpy, arrays), adapter_index=index)
 
     def _list_pages(self, chunks: Sequence[Chunk]) -> int:
         """Brings the block tables up to date; how many columns of them are in use."""

@@ -52,7 +52,12 @@ def pad_decode(batch: StepBatch, size: int, width: int) -> StepBatch:
         filled(batch.seq_lens, 1),
         tables,
         torch.arange(size, dtype=batch.logits_indices.dtype),
+        None if batch.adapter_index is None else filled(batch.adapter_index, -1),
     )
+
+
+def _tensors(batch: StepBatch) -> list[Tensor]:
+    return [t for field in fields(StepBatch) if (t := getattr(batch, field.name)) is not None]
 
 
 @dataclass
@@ -99,8 +104,8 @@ class DecodeGraphs:
         captured = self._captured.get((size, width))
         if captured is None:
             captured = self._captured[size, width] = self._capture(padded, cache, executable)
-        for field in fields(StepBatch):
-            getattr(captured.inputs, field.name).copy_(getattr(padded, field.name), non_blocking=True)
+        for mine, given in zip(_tensors(captured.inputs), _tensors(padded), strict=True):
+            mine.copy_(given, non_blocking=True)
         captured.graph.replay()
         self.replays += 1
         executable.check()
@@ -110,7 +115,7 @@ class DecodeGraphs:
         """Runs a step once, which compiles its kernels, then captures it. The fillers' effect on the cache is none;
         the requests' own keys are written again, to the same values, when the graph is replayed."""
         device = executable.device
-        inputs = StepBatch(*(getattr(batch, field.name).to(device) for field in fields(StepBatch)))
+        inputs = StepBatch(*(tensor.to(device) for tensor in _tensors(batch)))
         shared, executable.arena = executable.arena, torch.empty(0, dtype=torch.uint8, device=device)
         try:
             stream = torch.cuda.Stream(device)

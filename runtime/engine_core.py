@@ -13,9 +13,11 @@ import torch
 from llmopt.compiler.errors import InputError, RequestError
 from llmopt.compiler.options import Options
 from llmopt.compiler.step import CacheSpec
+from llmopt.runtime.adapters import Adapter, Adapters, LoRARequest
 from llmopt.runtime.batch_builder import BatchBuilder
 from llmopt.runtime.memory import available_memory
 from llmopt.runtime.metrics import Metrics
+from llmopt.runtime.peft_folder import read_adapter, stamp
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import (
     Constraints,
@@ -65,10 +67,15 @@ class EngineCore:
             # All layers share one block table: a page can go once no layer looks at it any more.
             window=0 if 0 in windows else max(windows),
             eos_token_ids=frozenset(info.eos_token_ids),
+            max_loras=program.adapters.spec.max_loras if program.adapters is not None else 0,
         )
+        # By name, where the program takes adapters.
+        self.adapters = Adapters(program.adapters.spec, stamp, read_adapter) if program.adapters is not None else None
         self.cache = program.new_cache(num_blocks_for(program, options, max_model_len))
         self.scheduler = Scheduler(self.cache.pool, config, _fingerprint(program.caches))
-        self._builder = BatchBuilder(config.max_num_seqs, program.block_size, min(filter(None, windows), default=0))
+        stride = min(filter(None, windows), default=0)
+        has_adapters = self.adapters is not None
+        self._builder = BatchBuilder(config.max_num_seqs, program.block_size, stride, adapters=has_adapters)
         self.eos_token_ids = info.eos_token_ids
         self._sampler = Sampler(info.vocab_size, info.eos_token_ids)
         self._ids = map(str, itertools.count())
@@ -101,6 +108,7 @@ class EngineCore:
         stop_check: StopCheck | None = None,
         outbox: Outbox | None = None,
         constraints: Constraints | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """Queues a request; it runs in the steps that follow.
 
@@ -113,10 +121,13 @@ class EngineCore:
             stream: which random stream of the seed this sequence draws from.
             stop_check, outbox: see `Request`.
             constraints: what `ConstraintCompiler` made of `params`.
+            adapter: one of `adapters`.
 
         Raises InputError for a request that could never be served, QueueFullError when too many wait.
         """
         self.check(prompt, params, priority=priority, cache_salt=cache_salt)
+        if adapter is not None and self.adapters is None:
+            raise InputError("this program takes no adapters: it was made with enable_lora=False")
         with self._lock:
             name = self._new_id() if request_id is None else request_id
         request = Request(
@@ -126,6 +137,8 @@ class EngineCore:
             params,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter.key if adapter is not None else None,
+            adapter_weights=adapter,
             stop_check=stop_check,
             outbox=outbox,
         )
@@ -133,6 +146,14 @@ class EngineCore:
         with self._lock:
             self.scheduler.add(request)
         return request
+
+    def adapter(self, request: LoRARequest) -> Adapter:
+        """The adapter that a request names; raises as `Adapters.add`, and InputError where there are none."""
+        if not isinstance(request, LoRARequest):
+            raise InputError(f"lora_request must be a LoRARequest, got {request!r:.80}")
+        if self.adapters is None:
+            raise InputError(f"lora_request={request.lora_name!r} needs the option enable_lora=True")
+        return self.adapters.add(request)
 
     def fork(
         self,
@@ -158,6 +179,7 @@ class EngineCore:
             priority=parent.priority,
             cache_salt=parent.cache_salt,
             adapter=parent.adapter,
+            adapter_weights=parent.adapter_weights,
             stop_check=stop_check,
             outbox=outbox,
         )
@@ -246,6 +268,10 @@ class EngineCore:
         return changed
 
     def _forward(self, chunks: Sequence[Chunk]) -> torch.Tensor:
+        if self.program.adapters is not None:
+            for chunk in chunks:
+                if chunk.request.adapter_weights is not None:
+                    self.program.adapters.load(chunk.request.adapter_slot, chunk.request.adapter_weights)
         # Tokens are chosen from the logits before the next step.
         return self.program(self._builder.build(chunks), self.cache, lend=True)
 

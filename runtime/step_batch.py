@@ -13,7 +13,10 @@ Tensor = torch.Tensor
 
 @dataclass(frozen=True)
 class StepBatch:
-    """One ragged batch of T tokens of B requests; see `compiler.step.STEP_INPUTS` for shapes and dtypes."""
+    """One ragged batch of T tokens of B requests; see `compiler.step.STEP_INPUTS` for shapes and dtypes.
+
+    adapter_index: for each token the slot of its adapter, int32 `[T]`, -1 for none; None if no token has one.
+    """
 
     input_ids: Tensor
     positions: Tensor
@@ -22,6 +25,7 @@ class StepBatch:
     seq_lens: Tensor
     block_tables: Tensor
     logits_indices: Tensor
+    adapter_index: Tensor | None = None
 
     @staticmethod
     def build(
