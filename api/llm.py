@@ -223,8 +223,10 @@ class LLM:
         core: EngineCore, lora_request: LoRARequest | Sequence[LoRARequest | None] | None, count: int
     ) -> list[Adapter | None]:
         """The adapter of each prompt, read."""
-        single = lora_request is None or isinstance(lora_request, LoRARequest)
-        each = [lora_request] * count if single else list(lora_request)  # type: ignore[arg-type]
+        if lora_request is None or isinstance(lora_request, LoRARequest):
+            each = [lora_request] * count
+        else:
+            each = list(lora_request)
         if len(each) != count:
             raise InputError(f"{count} prompts but {len(each)} LoRA requests")
         return [None if request is None else core.adapter(request) for request in each]

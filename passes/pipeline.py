@@ -65,11 +65,18 @@ def step_pipeline(block_size: int, kv_dtype: str = "auto", lora: InsertLora | No
     """
     merge, *rest = FUSING
     adapted = (lora,) if lora is not None else ()
-    return with_registered(
-        (*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), merge, *adapted, *rest)
-    )
+    return with_registered((*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), merge, *adapted, *rest))
 
 
 pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16, lora=InsertLora()))
 
-__all__ = ["BACKEND", "FUSING", "RAISING", "InsertLora", "backend_pipeline", "register_pass", "step_pipeline", "unregister_pass"]
+__all__ = [
+    "BACKEND",
+    "FUSING",
+    "RAISING",
+    "InsertLora",
+    "backend_pipeline",
+    "register_pass",
+    "step_pipeline",
+    "unregister_pass",
+]

@@ -1,4 +1,4 @@
-"""LoRA adapters that requests may bring: their names, what is known of them, and the memory that a step reads them from."""
+"""LoRA adapters that requests may bring: their names, their content, and the memory that a step reads them from."""
 
 from __future__ import annotations
 
@@ -30,7 +30,9 @@ class LoRARequest:
 
     def __post_init__(self) -> None:
         if not isinstance(self.lora_name, str) or not 0 < len(self.lora_name) <= MAX_NAME_LENGTH:
-            raise InputError(f"lora_name must be a text of 1 to {MAX_NAME_LENGTH} characters, got {self.lora_name!r:.80}")
+            raise InputError(
+                f"lora_name must be a text of 1 to {MAX_NAME_LENGTH} characters, got {self.lora_name!r:.80}"
+            )
         if not isinstance(self.lora_path, str | Path):
             raise InputError(f"lora_path must be the path of a folder, got {self.lora_path!r:.80}")
 

@@ -23,9 +23,7 @@ class BatchBuilder:
         adapters: whether the program takes adapters.
     """
 
-    def __init__(
-        self, max_num_seqs: int, block_size: int, witness_stride: int = 0, *, adapters: bool = False
-    ) -> None:
+    def __init__(self, max_num_seqs: int, block_size: int, witness_stride: int = 0, *, adapters: bool = False) -> None:
         self.block_size, self.witness_stride, self.adapters = block_size, witness_stride, adapters
         self._tables = np.zeros((max_num_seqs, 16), np.int32)
 
@@ -76,11 +74,11 @@ class BatchBuilder:
         bounds[1:] = ends
         lengths = (starts + counts).astype(np.int32)
         arrays = (ids, positions, slots, bounds, lengths, tables, wanted)
-        index: torch.Tensor | None = None
+        adapters: list[np.ndarray] = []
         if self.adapters:
             each = np.fromiter([chunk.request.adapter_slot for chunk in chunks], np.int32, num)
-            index = torch.from_numpy(each[owners])
-        return StepBatch(*map(torch.from_numpy, arrays), adapter_index=index)
+            adapters.append(each[owners])
+        return StepBatch(*map(torch.from_numpy, (*arrays, *adapters)))
 
     def _list_pages(self, chunks: Sequence[Chunk]) -> int:
         """Brings the block tables up to date; how many columns of them are in use."""

@@ -55,8 +55,8 @@ def stamp(folder: Path) -> Stamp:
         except (OSError, ValueError) as error:
             if name == WEIGHTS and (folder / "adapter_model.bin").exists():
                 raise UnsupportedError(
-                    f"{folder} holds pickled weights (adapter_model.bin), which can run code when they are read; save the "
-                    f"adapter as safetensors"
+                    f"{folder} holds pickled weights (adapter_model.bin), which can run code when they are read; "
+                    f"save the adapter as safetensors"
                 ) from None
             raise AdapterError(f"{folder} is no folder of a PEFT adapter: {name} cannot be read ({error})") from None
         found.append((state.st_mtime_ns, state.st_size, state.st_ino))
@@ -120,13 +120,14 @@ def _config(folder: Path, raw: bytes) -> dict[str, Any]:
             f"{path}: init_lora_weights is {_short(init)}, which changes the model's own weights; save the adapter "
             f"converted to plain LoRA"
         )
+    value: Any
     for name, value in config.items():
         if name not in _WITHOUT_EFFECT | _READ and value:
             raise UnsupportedError(f"{path}: {name}={_short(value)} is not supported")
     for name, most in (("r", 1 << 20), ("lora_alpha", 1e9)):
         value = config.get(name)
-        whole = isinstance(value, int) or (name == "lora_alpha" and isinstance(value, float))
-        if not whole or isinstance(value, bool) or not 0 < value <= most:
+        is_number = isinstance(value, int) or (name == "lora_alpha" and isinstance(value, float))
+        if not is_number or isinstance(value, bool) or not 0 < value <= most:
             raise AdapterError(f"{path}: {name} must be a number above 0, got {_short(value)}")
     if not isinstance(config.get("use_rslora", False), bool):
         raise AdapterError(f"{path}: use_rslora must be true or false, got {_short(config['use_rslora'])}")

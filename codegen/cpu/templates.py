@@ -141,13 +141,13 @@ def plan_lora(node: Node) -> Plan:
         return f"no kernel for {tensor(x).dtype}, {tensor(y).dtype} and adapters of {tensor(pool).dtype}"
     if not all(layout(t).is_contiguous for t in (pool, ranks, scales, index)):
         return "adapters or their index are not contiguous"
-    rows = [_rows(t) for t in (x, y, node)]
-    if any(isinstance(r, str) for r in rows):
+    rows = [layout(t).rows() for t in (x, y, node)]
+    if None in rows:
         return "rows are not evenly spaced"
     own = y.target is llmopt_ops.linear.default and len(y.users) == 1
     product = plan_linear(y, node) if own else ""
     calls = [] if isinstance(product, str) else product
-    (count, x_stride), (_, y_stride), (_, out_stride) = rows
+    (count, x_stride), (_, y_stride), (_, out_stride) = (row for row in rows if row is not None)
     slots, slot_size = (to_expr(s) for s in tensor(pool).shape)
     shape = (count, to_expr(tensor(x).shape[-1]), x_stride, y_stride, out_stride, to_expr(tensor(node).shape[-1]))
     parts = list(zip(targets, columns, sizes, offsets, strict=True))

@@ -1,4 +1,4 @@
-"""Several adapters and none in one batch: every request's tokens are those of a model with its adapter merged by hand."""
+"""Several adapters and none in one batch: a request's tokens are those of a model with its adapter merged by hand."""
 
 from __future__ import annotations
 

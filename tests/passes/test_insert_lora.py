@@ -1,4 +1,4 @@
-"""Products of a step get a place for an adapter of each row; what has no module of its own is left alone, with reasons."""
+"""Products of a step get a place for adapters; what has no module of its own is left alone, with reasons."""
 
 from __future__ import annotations
 
@@ -148,7 +148,7 @@ index_select_1: i32[s54] = aten.index_select.default(arg_9, 0, arg_6)
 linear_2: f32[1, s54, 23] = llmopt.linear.default(layer_norm_1, [arg_21], [None])
 lora_2: f32[1, s54, 23] = llmopt.lora.default(linear_2, layer_norm_1, arg_10, arg_11, arg_12, index_select_1, 3, [2], [0], [23], [288])
 squeeze: f32[s54, 23] = aten.squeeze.dim(lora_2, 0)
-return [squeeze]""",
+return [squeeze]""",  # noqa: E501
     )
 
 

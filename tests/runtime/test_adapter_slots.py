@@ -1,4 +1,4 @@
-"""Slots of adapters: pinned while running requests use them, else least recently used first; and a scheduler on them."""
+"""Slots of adapters: pinned while running requests use them, else least recently used first; scheduling on them."""
 
 from __future__ import annotations
 

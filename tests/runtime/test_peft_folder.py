@@ -231,12 +231,8 @@ def test_the_pool_holds_what_was_read(tmp_path: Path) -> None:
     assert scales.tolist() == [[0, 0], [0, 1.5], [0, 1.5]]
     begin, behind = SPEC.offsets[1], SPEC.offsets[1] + 4 * 6
     loaded = load_file(tmp_path / "1" / "adapter_model.safetensors")
-    assert torch.equal(
-        memory[1, begin : begin + 12].view(2, 6), loaded["base_model.model.layers.0.v.lora_A.weight"]
-    )
-    assert torch.equal(
-        memory[1, behind : behind + 8].view(2, 4).T, loaded["base_model.model.layers.0.v.lora_B.weight"]
-    )
+    assert torch.equal(memory[1, begin : begin + 12].view(2, 6), loaded["base_model.model.layers.0.v.lora_A.weight"])
+    assert torch.equal(memory[1, behind : behind + 8].view(2, 4).T, loaded["base_model.model.layers.0.v.lora_B.weight"])
     pool.load(1, Adapter("other", {}))
     assert ranks.sum() == 0 and pool.num_loads == 2
     pool.load(1, Adapter("other", {}))

@@ -1,4 +1,4 @@
-"""Low-rank adapters added to a product, another one for each row. Rows are computed apart, so no result depends on others.
+"""Low-rank adapters added to a product, another one for each row; no row depends on others.
 
 `status` is one int32 that a kernel sets to 1 when a row names a slot that does not exist; such a row stays as it is.
 """
