@@ -1,4 +1,4 @@
-"""Reads LoRA adapters as PEFT saves them: `adapter_config.json` and `adapter_model.safetensors` in a folder.
+"""Reads LoRA adapters from folders as PEFT saves them: settings in JSON, weights in safetensors.
 
 Whatever the configuration asks for that would change results and is not known here is refused by name: an adapter is
 applied as it was trained, or not at all.
