@@ -117,9 +117,11 @@ def main() -> None:
     )
     spec = on.program().adapters.spec  # type: ignore[union-attr]
     adapters = [random_adapter(spec, options.rank, number) for number in range(options.batch)]
-    contestants = [phases(off.core(), [], options, "off")]
-    for count in (0, 1, options.batch // 2, options.batch):
-        contestants.append(phases(on.core(), adapters[:count], options, f"{count} adapters"))
+    counts = (0, 1, options.batch // 2, options.batch)
+    contestants = [
+        phases(off.core(), [], options, "off"),
+        *(phases(on.core(), adapters[:count], options, f"{count} adapters") for count in counts),
+    ]
     names = ("batch", "steps", "prompt", "rank", "layers", "hidden", "dtype", "threads")
     setting = conditions(**{name: getattr(options, name) for name in names})
     result = run_rounds(contestants, options.rounds, setting, Probe(options.threads, megabytes=256))

@@ -76,7 +76,7 @@ def make_adapter(
         r = next((value for ending, value in (ranks or {}).items() if name.endswith(ending)), rank)
         folder.pairs[name] = torch.randn(r, k, generator=generator), torch.randn(n, r, generator=generator)
         # B @ A has entries of the size of the weight's, whatever rank and scale are.
-        size = float(module.weight.float().std()) * STRENGTH / (math.sqrt(r) * folder.scale(name))
+        size = float(module.weight.detach().float().std()) * STRENGTH / (math.sqrt(r) * folder.scale(name))
         folder.pairs[name] = folder.pairs[name][0] * math.sqrt(size), folder.pairs[name][1] * math.sqrt(size)
     assert folder.pairs, f"no layer ends in {endings}"
     folder.save()

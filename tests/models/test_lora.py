@@ -18,7 +18,7 @@ from llmopt import LLM, LoRARequest, SamplingParams
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
-from llmopt.errors import AdapterError, InputError, UnsupportedError
+from llmopt.errors import AdapterError, InputError
 from llmopt.runtime.adapters import Adapter
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.request import Request
@@ -36,11 +36,33 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
 CASES = [name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
 
 
+SETTINGS: dict[str, Any] = {"block_size": 4, "fallback": "error", "max_model_len": 128}
+ADAPTED: dict[str, Any] = {**SETTINGS, "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
+
+
+@functools.cache
+def llm() -> LLM:
+    """The LLM over `engine_of("llama")`."""
+    return LLM(build("llama"), **ADAPTED)
+
+
+@functools.cache
+def plain_llm() -> LLM:
+    """A Llama without the option."""
+    return LLM(build("llama"), **SETTINGS)
+
+
 @functools.cache
 def engine_of(name: str, **options: Any) -> ModelEngine:
     """One compiled program for all tests; its cores differ."""
-    settings = {"block_size": 4, "fallback": "error", "enable_lora": True, "max_loras": 3, "max_lora_rank": 8}
-    return ModelEngine(build(name), Options.make({**settings, **options}), Report())
+    if name == "llama" and not options:
+        return engine_in(llm())
+    return ModelEngine(build(name), Options.make({**ADAPTED, **options}), Report())
+
+
+def engine_in(model: LLM) -> ModelEngine:
+    assert model._engine is not None
+    return model._engine
 
 
 def core_of(name: str, num_blocks: int = 0, **options: Any) -> EngineCore:
@@ -205,7 +227,7 @@ def test_a_request_without_an_adapter_has_the_bits_of_a_model_without_adapters(r
         finish(core)
         return requests[0]
 
-    plain = ModelEngine(build("llama"), Options.make({"block_size": 4}), Report())
+    plain = engine_in(plain_llm())
     alone = probabilities(EngineCore(plain.program(), plain.info, plain.options, 128), [None] * 3)
     core = core_of("llama")
     known = adapters(core, "llama", root)
@@ -235,23 +257,22 @@ def test_batch_invariance(root: Path) -> None:
 
 def test_llm(root: Path, tmp_path: Path) -> None:
     """Names, lists, streams, changed files, and a program file with places for adapters."""
-    llm = LLM(build("llama"), block_size=4, max_model_len=128, enable_lora=True, max_loras=2, max_lora_rank=8)
-    made = folders("llama", root / "llama")
+    model, made = llm(), folders("llama", root / "llama")
     requests = [LoRARequest(folder.path.name, str(folder.path)) for folder in made]
     rows = prompts([20, 7, 12, 9], seed=1)
     expected = [wanted("llama", root, number, tuple(row)) for number, row in enumerate(rows)]
-    assert llm.add_lora(requests[0]) and not llm.add_lora(requests[0])
-    assert llm.list_loras() == {"every"}
-    outputs = llm.generate(rows, GREEDY, lora_request=[*requests, None])
+    assert model.add_lora(requests[0]) and not model.add_lora(requests[0])
+    assert model.list_loras() == {"every"}
+    outputs = model.generate(rows, GREEDY, lora_request=[*requests, None])
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
-    assert llm.list_loras() == {"every", "some", "others"}
-    streamed = [chunk.token_id for chunk in llm.stream(rows[1], GREEDY, lora_request=requests[1])]
+    assert model.list_loras() == {"every", "some", "others"}
+    streamed = [chunk.token_id for chunk in model.stream(rows[1], GREEDY, lora_request=requests[1])]
     assert streamed == expected[1]
-    assert llm.remove_lora("some") and not llm.remove_lora("some")
-    assert llm.list_loras() == {"every", "others"}
+    assert model.remove_lora("some") and not model.remove_lora("some")
+    assert model.list_loras() == {"every", "others"}
 
     path = tmp_path / "model.engine"
-    llmopt.export(llm, path)
+    llmopt.export(model, path)
     again = llmopt.load(path)
     outputs = again.generate(rows, GREEDY, lora_request=[*requests, None])
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
@@ -281,10 +302,10 @@ def test_llm(root: Path, tmp_path: Path) -> None:
 
 
 def test_without_the_option() -> None:
-    llm = LLM(build("llama"), block_size=4, max_model_len=64)
+    model = plain_llm()
     with pytest.raises(InputError, match="enable_lora=True"):
-        llm.generate([[1, 2]], GREEDY, lora_request=LoRARequest("name", "folder"))
-    assert llm.list_loras() == set() and not llm.remove_lora("name")
+        model.generate([[1, 2]], GREEDY, lora_request=LoRARequest("name", "folder"))
+    assert model.list_loras() == set() and not model.remove_lora("name")
 
 
 @pytest.mark.parametrize(("name", "path"), [("", "folder"), (3, "folder"), ("name", 3)])
@@ -294,7 +315,6 @@ def test_what_is_no_request(name: Any, path: Any) -> None:
 
 
 def test_experts_have_no_place_for_an_adapter(tmp_path: Path) -> None:
-    assert UnsupportedError is not AdapterError
     folder = make_adapter(tmp_path / "a", build("llama"), ("q_proj",))
     folder.pairs = {"model.layers.0.mlp.experts.0.w1": next(iter(folder.pairs.values()))}
     with pytest.raises(AdapterError, match=r"'model.layers.0.mlp.experts.0.w1'.*model.layers.\*.self_attn.q_proj"):
