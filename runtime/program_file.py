@@ -121,6 +121,11 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
         raise ProgramFileError(f"{path} is no valid safetensors file: {error}") from error
     program = program_json.from_json(data["program"])
     caches, lora = _caches(data["caches"]), _lora(data.get("lora"))
+    pools = [
+        (value.dtype, value.sizes) for value in program.values if (value.kind, value.name) == ("input", "lora_pool")
+    ]
+    if pools != ([(lora.dtype, (lora.max_loras, lora.slot_elements))] if lora is not None else []):
+        raise ProgramFileError("the description of adapters does not fit the program")
     step = StepProgram(program, caches, _positive(data, "block_size", 1024), threads, lora=lora)
     try:
         step.bind([tensors[name].to(step.executable.device) for name in names])

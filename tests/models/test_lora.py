@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import hashlib
+import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,13 +14,16 @@ import pytest
 import torch
 from models.adapters import Folder, make_adapter, merged
 from models.zoo import build, eager_logits, greedy, prompts
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 import llmopt
-from llmopt import LLM, LoRARequest, SamplingParams
+from llmopt import LLM, BeamSearchParams, LoRARequest, SamplingParams
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
-from llmopt.errors import AdapterError, InputError
+from llmopt.errors import AdapterError, InputError, ProgramFileError
+from llmopt.runtime import program_file
 from llmopt.runtime.adapters import Adapter
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.request import Request
@@ -271,6 +276,9 @@ def test_llm(root: Path, tmp_path: Path) -> None:
     assert model.remove_lora("some") and not model.remove_lora("some")
     assert model.list_loras() == {"every", "others"}
 
+    beams = BeamSearchParams(beam_width=2, max_tokens=4)
+    assert model.beam_search(rows[0], beams) == plain_llm().beam_search(rows[0], beams), "they run without adapters"
+
     path = tmp_path / "model.engine"
     llmopt.export(model, path)
     again = llmopt.load(path)
@@ -278,6 +286,15 @@ def test_llm(root: Path, tmp_path: Path) -> None:
     assert [list(output.outputs[0].token_ids) for output in outputs] == expected
     with pytest.raises(InputError, match="max_loras=8 was decided"):
         LLM(path, max_loras=8)
+    with safe_open(path, "pt") as file:
+        described = json.loads(file.metadata()[program_file.DESCRIPTION])
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no dictionary)
+    for change in ({"max_rank": 7}, {"max_loras": 0}, {"targets": [["a", 1, -1]]}, {"targets": {}}, {"dtype": "int64"}):
+        changed = json.dumps({**described, "lora": {**described["lora"], **change}})
+        digest = hashlib.sha256(changed.encode()).hexdigest()
+        save_file(tensors, tmp_path / "bad", {program_file.DESCRIPTION: changed, program_file.CHECKSUM: digest})
+        with pytest.raises(ProgramFileError):
+            llmopt.load(tmp_path / "bad")
 
     # The same name, other files: read again, and nothing of the old keys and values is used.
     folder = tmp_path / "changing"
