@@ -1,7 +1,8 @@
 """What LoRA adapters cost: decode steps of a batch, and a prompt, of a Llama with no, one or many adapters in use.
 
-usage: python benchmarks/lora_cpu.py [--batch 8] [--steps 24] [--prompt 512] [--rank 16] [--rounds 5]
-           [--layers 16] [--hidden 2048] [--dtype bfloat16] [--threads 2] [--out benchmarks/results/lora_cpu.json]
+usage: python benchmarks/lora_cpu.py [--batch 8] [--steps 4] [--context 32] [--prompt 256] [--rank 16]
+           [--rounds 9] [--layers 8] [--hidden 2048] [--dtype bfloat16] [--threads 2]
+           [--out benchmarks/results/lora_cpu.json]
 
 Random weights in the shape of Llama-3.2-1B, with a vocabulary of 32000; adapters of all linear layers but the head.
 "off" is a program without the option; the others are one program, whose requests use so many different adapters.
@@ -63,25 +64,32 @@ def random_adapter(spec: LoraSpec, rank: int, number: int) -> Adapter:
     return Adapter(f"adapter {number}", parts)
 
 
-def phases(core: EngineCore, adapters: Sequence[Adapter], options: argparse.Namespace, name: str) -> Contestant:
-    """Decoding a batch whose requests use `adapters` in turn, and one prompt with the first of them."""
+def contestant(
+    name: str, engine: ModelEngine, adapters: Sequence[Adapter], options: argparse.Namespace, limits: Options
+) -> Contestant:
+    """Some steps of a batch that goes on decoding, with `adapters` in turn, and one prompt with the first of them."""
+
+    def core() -> EngineCore:
+        return EngineCore(engine.program(), engine.info, limits, engine.max_model_len)
 
     def used(number: int) -> Adapter | None:
         return adapters[number % len(adapters)] if adapters else None
 
-    def run(lengths: Sequence[int], count: int) -> None:
-        params = SamplingParams(temperature=0.0, max_tokens=count)
-        for number, length in enumerate(lengths):
-            core.add_request([number + 1] * length, params, adapter=used(number))
-        while core.has_unfinished:
-            core.step()
+    decoding, filling = core(), core()
+    params = SamplingParams(temperature=0.0, max_tokens=(options.rounds + 1) * options.steps + 2)
+    for number in range(options.batch):
+        decoding.add_request([number + 1] * options.context, params, adapter=used(number))
+    decoding.step()
 
     def decode() -> int:
-        run([1] * options.batch, options.steps)
+        for _ in range(options.steps):
+            decoding.step()
         return options.batch * options.steps
 
     def prefill() -> int:
-        run([options.prompt], 1)
+        filling.add_request([1] * options.prompt, SamplingParams(temperature=0.0, max_tokens=1), adapter=used(0))
+        while filling.has_unfinished:
+            filling.step()
         return options.prompt
 
     return Contestant(name, {"decode": decode, "prefill": prefill})
@@ -90,11 +98,12 @@ def phases(core: EngineCore, adapters: Sequence[Adapter], options: argparse.Name
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--steps", type=int, default=24)
-    parser.add_argument("--prompt", type=int, default=512)
+    parser.add_argument("--steps", type=int, default=4)
+    parser.add_argument("--context", type=int, default=32)
+    parser.add_argument("--prompt", type=int, default=256)
     parser.add_argument("--rank", type=int, default=16)
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--rounds", type=int, default=9)
+    parser.add_argument("--layers", type=int, default=8)
     parser.add_argument("--hidden", type=int, default=2048)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--threads", type=int, default=2)
@@ -105,7 +114,7 @@ def main() -> None:
     plain = {
         "max_num_seqs": options.batch,
         "enable_prefix_caching": False,
-        "kv_cache_memory_bytes": 1 << 28,
+        "kv_cache_memory_bytes": 1 << 27,
         "threads": options.threads,
         "fallback": "error",
     }
@@ -115,14 +124,15 @@ def main() -> None:
         Options.make({**plain, "enable_lora": True, "max_loras": options.batch, "max_lora_rank": options.rank}),
         Report(),
     )
+    limits = Options.make(plain)
     spec = on.program().adapters.spec  # type: ignore[union-attr]
     adapters = [random_adapter(spec, options.rank, number) for number in range(options.batch)]
     counts = (0, 1, options.batch // 2, options.batch)
     contestants = [
-        phases(off.core(), [], options, "off"),
-        *(phases(on.core(), adapters[:count], options, f"{count} adapters") for count in counts),
+        contestant("off", off, [], options, limits),
+        *(contestant(f"{count} adapters", on, adapters[:count], options, limits) for count in counts),
     ]
-    names = ("batch", "steps", "prompt", "rank", "layers", "hidden", "dtype", "threads")
+    names = ("batch", "steps", "context", "prompt", "rank", "layers", "hidden", "dtype", "threads")
     setting = conditions(**{name: getattr(options, name) for name in names})
     result = run_rounds(contestants, options.rounds, setting, Probe(options.threads, megabytes=256))
     print_table(result, ("decode", "prefill"), f"LoRA of rank {options.rank}, batch {options.batch}", ["off"])
