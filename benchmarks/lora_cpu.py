@@ -43,13 +43,16 @@ def build_model(layers: int, hidden: int, dtype: torch.dtype) -> LlamaForCausalL
         eos_token_id=None,
         pad_token_id=None,
     )
-    torch.manual_seed(0)
-    previous = torch.get_default_dtype()
-    torch.set_default_dtype(dtype)
-    try:
-        return LlamaForCausalLM(config).eval()
-    finally:
-        torch.set_default_dtype(previous)
+    with torch.device("meta"):
+        model = LlamaForCausalLM(config).to(dtype)
+    model.to_empty(device="cpu")
+    model.model.rotary_emb = type(model.model.rotary_emb)(config)
+    # Drawing every weight by itself would take minutes.
+    some = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
+    for parameter in model.parameters():
+        count = parameter.numel()
+        parameter.data.view(-1).copy_(some.repeat(-(-count // len(some)))[:count])
+    return model.eval()
 
 
 def random_adapter(spec: LoraSpec, rank: int, number: int) -> Adapter:

@@ -26,7 +26,7 @@ def make_adapter(folder: Path, seed: int, rank: int = 8) -> llmopt.LoRARequest:
         for module, k, n in (("q_proj", hidden, width), ("o_proj", width, hidden)):
             name = f"base_model.model.model.layers.{layer}.self_attn.{module}"
             tensors[f"{name}.lora_A.weight"] = torch.randn(rank, k, generator=generator) * k**-0.5
-            tensors[f"{name}.lora_B.weight"] = torch.randn(n, rank, generator=generator) * 0.05
+            tensors[f"{name}.lora_B.weight"] = torch.randn(n, rank, generator=generator) * 0.1
     folder.mkdir()
     save_file(tensors, folder / "adapter_model.safetensors")
     settings = {
