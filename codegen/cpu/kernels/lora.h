@@ -3,13 +3,13 @@
 //
 // tensors: x [M, K] of T, y [M, N] of T or null, out [M, N] of T, adapter_index [M] int32, pool [S, E] of T,
 //          ranks [P, S] int32, scales [P, S] float, workspace (bytes); all but x, y and out contiguous
-// ints:    M, K, row strides of x, y and out (elements), N, S, E, R, number of parts (at most kMaxParts), then for each
-//          part: row of ranks and scales, first column, columns n, offset in a slot
+// ints:    M, K, row strides of x, y and out (elements), N, S, E, R, number of parts (at most kMaxParts), then for
+//          each part: row of ranks and scales, first column, columns n, offset in a slot
 //
-// Where y is null its values are in out already. A row with index s >= 0 gets scale * (x A^T) B^T added to the columns of
-// each part: A [R, K] lies in slot s of the pool from the part's offset on, B transposed [R, n] behind it, and the first
-// `rank` rows of both count. A negative index leaves the row as it is, to the bit. A slot outside of the pool fails with
-// kIndexOutOfRange. Sums are kept in float and rounded once, after the addition.
+// Where y is null its values are in out already. A row with index s >= 0 gets scale * (x A^T) B^T added to the columns
+// of each part: A [R, K] lies in slot s of the pool from the part's offset on, B transposed [R, n] behind it, and the
+// first `rank` rows of both count. A negative index leaves the row as it is, to the bit. A slot outside of the pool
+// fails with kIndexOutOfRange. Sums are kept in float and rounded once, after the addition.
 //
 // The workspace takes 128 + 4 * (M + M * parts * R) bytes, any alignment.
 //
@@ -77,7 +77,8 @@ LLMOPT_INLINE void expand(const float* hidden, std::int64_t hidden_stride, const
 
 template <class T>
 void lora(const Args& a, const Worker& w) {
-  const std::int64_t rows = a.ints[0], k = a.ints[1], x_stride = a.ints[2], y_stride = a.ints[3], out_stride = a.ints[4];
+  const std::int64_t rows = a.ints[0], k = a.ints[1];
+  const std::int64_t x_stride = a.ints[2], y_stride = a.ints[3], out_stride = a.ints[4];
   const std::int64_t columns = a.ints[5], slots = a.ints[6], slot_size = a.ints[7], most = a.ints[8];
   const int parts = static_cast<int>(a.ints[9]);
   const auto part = [&](int i) {
@@ -133,8 +134,9 @@ void lora(const Args& a, const Worker& w) {
       sizes[used++] = rank;
     }
     if (used == 0) continue;
-    matmul<T, float>(Rows<T>{a.tensor<const T>(0), x_stride, order + starts[s]}, count, k, Segments{operands, sizes, used},
-                     hidden + starts[s] * hidden_stride, hidden_stride, w);
+    const Rows<T> mine{a.tensor<const T>(0), x_stride, order + starts[s]};
+    matmul<T, float>(mine, count, k, Segments{operands, sizes, used}, hidden + starts[s] * hidden_stride, hidden_stride,
+                     w);
   }
   w.sync();
 
@@ -158,11 +160,11 @@ void lora(const Args& a, const Worker& w) {
             const float* values = from + m * hidden_stride;
             T* target = out + p.column + c;
             if (width >= kLoraVectors * kLanes) {
-              expand<T, kCount, true>(values, hidden_stride, b + c, p.columns, rank, scale, target, out_stride, order + m,
-                                      width);
+              expand<T, kCount, true>(values, hidden_stride, b + c, p.columns, rank, scale, target, out_stride,
+                                      order + m, width);
             } else {
-              expand<T, kCount, false>(values, hidden_stride, b + c, p.columns, rank, scale, target, out_stride, order + m,
-                                       width);
+              expand<T, kCount, false>(values, hidden_stride, b + c, p.columns, rank, scale, target, out_stride,
+                                       order + m, width);
             }
           };
           std::int64_t m = first;
