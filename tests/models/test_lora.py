@@ -66,8 +66,9 @@ def engine_of(name: str, **options: Any) -> ModelEngine:
 
 
 def engine_in(model: LLM) -> ModelEngine:
-    assert model._engine is not None
-    return model._engine
+    engine = model._model._engine
+    assert engine is not None
+    return engine
 
 
 def core_of(name: str, num_blocks: int = 0, **options: Any) -> EngineCore:
