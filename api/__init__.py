@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from llmopt.llm import LLM
     from llmopt.optimization import optimize
     from llmopt.passes.pipeline import register_pass, unregister_pass
+    from llmopt.runtime.adapters import LoRARequest
     from llmopt.runtime.beam_search import BeamSearchParams
     from llmopt.runtime.outputs import CompletionOutput, RequestOutput
     from llmopt.runtime.sampling import RequestOutputKind, SamplingParams, StructuredOutputsParams
@@ -36,6 +37,7 @@ _HOME = {
     "SamplingParams": "llmopt.runtime.sampling",
     "StructuredOutputsParams": "llmopt.runtime.sampling",
     "BeamSearchParams": "llmopt.runtime.beam_search",
+    "LoRARequest": "llmopt.runtime.adapters",
     "Options": "llmopt.compiler.options",
     "optimize": "llmopt.optimization",
     "explain": "llmopt.explaining",
@@ -54,6 +56,7 @@ __all__ = [
     "AsyncLLM",
     "BeamSearchParams",
     "CompletionOutput",
+    "LoRARequest",
     "Options",
     "Pass",
     "RequestOutput",

@@ -22,11 +22,11 @@ from llmopt.compiler.graph import graph_text, location, placeholders
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import PassReport, run_pipeline
 from llmopt.compiler.report import Details, Fallback, GraphReport
-from llmopt.compiler.step import CacheSpec
+from llmopt.compiler.step import CacheSpec, LoraSpec
 from llmopt.explaining.details import graph_details
 from llmopt.explaining.kernels import kernel_uses
 from llmopt.graph_key import graph_key, shape_facts
-from llmopt.passes.pipeline import backend_pipeline, step_pipeline
+from llmopt.passes.pipeline import InsertLora, backend_pipeline, step_pipeline
 from llmopt.runtime.compiled import CompiledGraph
 from llmopt.runtime.step_program import StepProgram
 from llmopt.runtime.weights import WeightBinder
@@ -170,7 +170,8 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
     _mark_weights(captured)
     graph = captured.graph
     before = graph_text(graph, renumber=False) if options.record_graphs else None
-    passes = run_pipeline(graph, step_pipeline(options.block_size, options.kv_cache_dtype), options)
+    adapted = InsertLora(options.max_loras, options.max_lora_rank) if options.enable_lora else None
+    passes = run_pipeline(graph, step_pipeline(options.block_size, options.kv_cache_dtype, adapted), options)
     passed = time.perf_counter()
     lowered = lower(graph)
     lowered.program.batch_invariant = options.batch_invariant
@@ -178,11 +179,13 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
     report.captured = before
     _check_fallbacks(report, options)
     caches: list[CacheSpec] = []
+    lora: LoraSpec | None = None
     for node in placeholders(graph):
+        lora = node.meta.get("lora", lora)
         spec = node.meta.get("cache")
         if spec is not None and spec not in caches:
             caches.append(spec)
-    program = StepProgram(lowered.program, caches, options.block_size, options.threads)
+    program = StepProgram(lowered.program, caches, options.block_size, options.threads, lora=lora)
     report.native_calls = program.executable.num_kernel_runs
     report.program = weakref.ref(program)
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from llmopt.compiler.errors import (
+    AdapterError,
     BackwardError,
     EngineDeadError,
     InputError,
@@ -18,6 +19,7 @@ from llmopt.compiler.errors import (
 )
 
 __all__ = [
+    "AdapterError",
     "BackwardError",
     "EngineDeadError",
     "InputError",

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Generator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +13,7 @@ from tqdm import tqdm
 
 from llmopt.compiler.errors import InputError
 from llmopt.request_builder import Message, Prompt, RequestBuilder
+from llmopt.runtime.adapters import Adapter, LoRARequest
 from llmopt.runtime.beam_search import BeamSearchParams
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.generation import SequenceGroup, run_groups
@@ -59,6 +61,7 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         use_tqdm: bool = False,
         *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: Sequence[int] | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
@@ -68,13 +71,15 @@ class LLM:
             prompts: one or several, each a text or token ids.
             sampling_params: for all, or one for each.
             use_tqdm: show a progress bar.
+            lora_request: an adapter for all prompts, or for each one or None; needs the option `enable_lora`.
             priority: for each prompt; lower goes first, and equals in the order given.
             cache_salt: keys and values are shared only with calls of the same salt.
 
         Raises InputError for an empty prompt, one that is too long, or a token id out of range, and OptionError for
-        parameters that do not suit the model (see `ConstraintCompiler`), before any work.
+        parameters that do not suit the model (see `ConstraintCompiler`), AdapterError or UnsupportedError for an
+        adapter that cannot be used, before any work.
         """
-        groups = self._groups(prompts, sampling_params, priority, cache_salt)
+        groups = self._groups(prompts, sampling_params, priority, cache_salt, lora_request)
         if not groups:
             return []
         left = [group.job.params.num_sequences for group in groups]
@@ -97,13 +102,14 @@ class LLM:
         *,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         **more: Any,
     ) -> list[RequestOutput]:
         """Answers one conversation, or several: `[{"role": "user", "content": "..."}, ...]`.
 
         Args:
             messages: a conversation, or a list of them.
-            sampling_params, use_tqdm: as for `generate`.
+            sampling_params, use_tqdm, lora_request: as for `generate`.
             chat_template: Jinja, run in a sandbox; by default the tokenizer's.
             add_generation_prompt: end with the header of an answer.
             more: further variables for the template, such as `tools`.
@@ -112,13 +118,14 @@ class LLM:
         """
         variables = {**more, "add_generation_prompt": add_generation_prompt}
         prompts = self._requests.render(messages, chat_template, **variables)
-        return self.generate(prompts, sampling_params, use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm, lora_request=lora_request)
 
     def stream(
         self,
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
         priority: Sequence[int] | None = None,
         cache_salt: str | None = None,
     ) -> Generator[StreamChunk, None, None]:
@@ -126,7 +133,7 @@ class LLM:
 
         Other calls may run while the iterator waits: their requests and these share steps.
         """
-        groups = self._groups(prompts, sampling_params, priority, cache_salt)
+        groups = self._groups(prompts, sampling_params, priority, cache_salt, lora_request)
         for group in groups:
             if group.job.params.num_sequences > group.job.params.n:
                 raise InputError(
@@ -164,6 +171,26 @@ class LLM:
         """
         return self._model.default_sampling_params()
 
+    def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Reads an adapter now, so that the first request need not wait for it; whether its name is new.
+
+        Raises as `generate`.
+        """
+        core = self._engine_core(fresh=False)
+        known = self.list_loras()
+        core.adapter(lora_request)
+        return lora_request.lora_name not in known
+
+    def remove_lora(self, name: str) -> bool:
+        """Forgets an adapter; whether there was one of this name. Requests that run with it go on."""
+        adapters = self._engine_core(fresh=False).adapters
+        return adapters is not None and adapters.remove(name)
+
+    def list_loras(self) -> set[str]:
+        """The names of the adapters that have been read."""
+        adapters = self._engine_core(fresh=False).adapters
+        return adapters.names if adapters is not None else set()
+
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""
         return self._engine_core(fresh=False).metrics()
@@ -183,11 +210,26 @@ class LLM:
         sampling_params: SamplingParams | Sequence[SamplingParams] | None,
         priority: Sequence[int] | None,
         cache_salt: str | None,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
     ) -> list[SequenceGroup]:
         """One group for each prompt, all of them checked."""
         jobs = self._requests.jobs(prompts, sampling_params, priority=priority, cache_salt=cache_salt)
         core = self._engine_core()
-        return [SequenceGroup(core, job) for job in jobs]
+        adapters = self._adapters(core, lora_request, len(jobs)) if jobs else []
+        return [SequenceGroup(core, replace(job, adapter=a)) for job, a in zip(jobs, adapters, strict=True)]
+
+    @staticmethod
+    def _adapters(
+        core: EngineCore, lora_request: LoRARequest | Sequence[LoRARequest | None] | None, count: int
+    ) -> list[Adapter | None]:
+        """The adapter of each prompt, read."""
+        if lora_request is None or isinstance(lora_request, LoRARequest):
+            each = [lora_request] * count
+        else:
+            each = list(lora_request)
+        if len(each) != count:
+            raise InputError(f"{count} prompts but {len(each)} LoRA requests")
+        return [None if request is None else core.adapter(request) for request in each]
 
     def _engine_core(self, fresh: bool = True) -> EngineCore:
         """The engine; `fresh` looks whether the weights have changed."""

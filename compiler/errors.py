@@ -25,6 +25,10 @@ class InputError(LlmoptError, ValueError):
     """A request that cannot be served as it stands: an empty prompt, a token id out of range, a prompt too long."""
 
 
+class AdapterError(InputError):
+    """A LoRA adapter that cannot be used: its files are missing or damaged, or do not fit the model or the options."""
+
+
 class QueueFullError(LlmoptError):
     """As many requests wait as `max_num_queued` allows. Nothing is wrong with the request: send it again later."""
 

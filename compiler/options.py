@@ -13,6 +13,9 @@ import torch
 from llmopt.compiler.errors import OptionError
 from llmopt.compiler.kv_formats import KV_CACHE_DTYPES
 
+# Slots of adapters in one program: kMaxSlots of codegen/cpu/kernels/lora.h.
+MAX_LORAS = 256
+
 _DTYPES = {
     "auto": None,
     "float32": torch.float32,
@@ -44,6 +47,9 @@ class Options:
         with these (text, streaming) goes on beside it. "auto" does so where a GPU computes, not where CPUs do.
     batch_invariant: the logits of a request are the same to the bit alone and in any batch, in whatever chunks its
         prompt is computed, on any number of threads. Step programs only; prefill is slower.
+    enable_lora: requests may bring a LoRA adapter each. Step programs only.
+    max_loras: adapters that one step may use; others wait for their turn.
+    max_lora_rank: largest rank of an adapter.
     disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
     fuel: stop rewriting after so many matches, to bisect a wrong result; -1 is unlimited (also `LLMOPT_FUEL`).
     verify: run the graph before and after each pass on random inputs and raise when a pass exceeds its error budget
@@ -72,6 +78,9 @@ class Options:
     max_num_queued: int = 4096
     async_scheduling: bool | str = "auto"
     batch_invariant: bool = False
+    enable_lora: bool = False
+    max_loras: int = 4
+    max_lora_rank: int = 16
     disabled_passes: tuple[str, ...] = ()
     fuel: int = -1
     verify: bool | str = False
@@ -192,6 +201,9 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "max_num_queued": _whole(0),
     "async_scheduling": _choice(True, False, "auto"),
     "batch_invariant": _one_of(True, False),
+    "enable_lora": _one_of(True, False),
+    "max_loras": _whole(1, MAX_LORAS),
+    "max_lora_rank": _whole(1, 512),
     "disabled_passes": _names,
     "fuel": _whole(-1),
     "verify": _choice(True, False, "revert"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 
@@ -29,6 +30,9 @@ WINDOW_INPUTS: dict[str, torch.dtype] = {
     "window_slot_mapping": torch.int64,
     "window_block_tables": torch.int32,
 }
+# Further inputs of a step with adapters, behind the caches: adapter_index[T] is the slot of each token's adapter, -1
+# for none; then what the slots hold, see `LoraSpec`.
+LORA_INPUTS = ("adapter_index", "lora_pool", "lora_ranks", "lora_scales")
 
 
 @dataclass(frozen=True)
@@ -78,3 +82,41 @@ def group_windows(caches: Sequence[CacheSpec]) -> list[int]:
     for spec in caches:
         windows[spec.group].append(spec.window)
     return [0 if 0 in own else max(own, default=0) for own in windows]
+
+
+@dataclass(frozen=True)
+class LoraTarget:
+    """A product that adapters may change: `[out_features, in_features]`; `name` is that of the module in the model."""
+
+    name: str
+    in_features: int
+    out_features: int
+
+
+@dataclass(frozen=True)
+class LoraSpec:
+    """The adapters of a step program (Hu et al., 2021): `max_loras` slots, each with room for one of any rank up to
+    `max_rank`.
+
+    The pool is `[max_loras, slot_elements]` of `dtype`. A slot holds for each target A `[max_rank, in]` and behind it
+    B transposed `[max_rank, out]`. `lora_ranks` and `lora_scales` `[targets, max_loras]`, int32 and float32, say how
+    many rows of both count (0: the adapter leaves this product alone) and what multiplies their product.
+    """
+
+    targets: tuple[LoraTarget, ...]
+    max_loras: int
+    max_rank: int
+    dtype: torch.dtype
+
+    @cached_property
+    def offsets(self) -> tuple[int, ...]:
+        """Where each target begins in a slot, and where the slot ends."""
+        ends = [0]
+        for target in self.targets:
+            ends.append(ends[-1] + self.max_rank * (target.in_features + target.out_features))
+        return tuple(ends)
+
+    @property
+    def slot_elements(self) -> int:
+        """Elements of one slot."""
+        return self.offsets[-1]

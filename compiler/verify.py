@@ -16,7 +16,7 @@ from torch.fx.node import Node
 from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.graph import is_tensor, outputs, placeholders, tensor, view_base
 from llmopt.compiler.opspec import DEFAULT_TOLERANCES
-from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS
+from llmopt.compiler.step import STEP_INPUTS
 
 
 class Level(enum.IntEnum):
@@ -174,6 +174,7 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
         "cu_seqlens_q": torch.cat([torch.zeros(1), ends]),
         "seq_lens": torch.tensor(lengths),
         "logits_indices": ends - 1,
+        "adapter_index": torch.arange(sum(counts)) % 2 - 1,
     }
     for prefix in ("", "window_"):
         order = torch.randperm(sum(needed) + 1, generator=rng).tolist()
@@ -184,13 +185,12 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
             tables[row, : len(blocks)] = torch.tensor(blocks)
             slots += [blocks[i // block_size] * block_size + i % block_size for i in range(length - count, length)]
         step[f"{prefix}slot_mapping"], step[f"{prefix}block_tables"] = torch.tensor(slots), tables
-    dtypes = {**STEP_INPUTS, **WINDOW_INPUTS}
     made = []
     for node in nodes:
         if node.name == "input_ids" and tensor(node).ndim == 2:  # embeddings of the tokens
             made.append(_random_tensor([sum(counts), int(tensor(node).shape[1])], tensor(node).dtype, rng))
         elif node.name in step:
-            made.append(step[node.name].to(dtypes[node.name]))
+            made.append(step[node.name].to(tensor(node).dtype))
         elif node in caches:
             made.append(_random_tensor([sum(needed) + 1, *map(int, tensor(node).shape[1:])], tensor(node).dtype, rng))
         else:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from llmopt.compiler import attention_ops as attention_ops
+from llmopt.compiler import lora_op as lora_op
 from llmopt.compiler import ops as ops
 
 llmopt_ops: Any = torch.ops.llmopt

@@ -7,6 +7,7 @@ from llmopt.compiler.pass_manager import Pass
 from llmopt.passes.eliminate_common import EliminateCommon
 from llmopt.passes.fuse_residual_norm import FuseResidualNorm
 from llmopt.passes.insert_kv_cache import InsertKVCache
+from llmopt.passes.insert_lora import InsertLora
 from llmopt.passes.merge_linears import MergeLinears
 from llmopt.passes.normalize import Normalize, SimplifyViews
 from llmopt.passes.raise_activations import RaiseActivations
@@ -57,11 +58,25 @@ def backend_pipeline() -> tuple[Pass, ...]:
     return with_registered(BACKEND)
 
 
-def step_pipeline(block_size: int, kv_dtype: str = "auto") -> tuple[Pass, ...]:
-    """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens."""
-    return with_registered((*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), *FUSING))
+def step_pipeline(block_size: int, kv_dtype: str = "auto", lora: InsertLora | None = None) -> tuple[Pass, ...]:
+    """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens.
+
+    With `lora`, each token may have an adapter.
+    """
+    merge, *rest = FUSING
+    adapted = (lora,) if lora is not None else ()
+    return with_registered((*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), merge, *adapted, *rest))
 
 
-pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16))
+pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16, lora=InsertLora()))
 
-__all__ = ["BACKEND", "FUSING", "RAISING", "backend_pipeline", "register_pass", "step_pipeline", "unregister_pass"]
+__all__ = [
+    "BACKEND",
+    "FUSING",
+    "RAISING",
+    "InsertLora",
+    "backend_pipeline",
+    "register_pass",
+    "step_pipeline",
+    "unregister_pass",
+]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,10 +22,19 @@ class BatchBuilder:
         block_size: tokens in a page.
         witness_stride: rows whose logits are computed besides each chunk's last, so many tokens apart; 0 for none.
             A row that came out finite vouches for all keys and values that it attends to.
+        adapters: whether the program takes adapters.
     """
 
-    def __init__(self, max_num_seqs: int, block_size: int, num_groups: int = 1, witness_stride: int = 0) -> None:
-        self.block_size, self.witness_stride = block_size, witness_stride
+    def __init__(
+        self,
+        max_num_seqs: int,
+        block_size: int,
+        num_groups: int = 1,
+        witness_stride: int = 0,
+        *,
+        adapters: bool = False,
+    ) -> None:
+        self.block_size, self.witness_stride, self.adapters = block_size, witness_stride, adapters
         self._tables = [np.zeros((max_num_seqs, 16), np.int32) for _ in range(num_groups)]
         # Of a step in which each request computes one token; the tensors of batches share this memory.
         self._rows, self._bounds = np.arange(max_num_seqs), np.arange(max_num_seqs + 1, dtype=np.int32)
@@ -78,7 +88,11 @@ class BatchBuilder:
             places += (tables[owners, page].astype(np.int64) * self.block_size + offset, tables)
         lengths = (starts + counts).astype(np.int32)
         arrays = (ids, positions, places[0], bounds, lengths, places[1], wanted, *places[2:])
-        return StepBatch(*map(torch.from_numpy, arrays))
+        batch = StepBatch(*map(torch.from_numpy, arrays))
+        if not self.adapters:
+            return batch
+        each = np.fromiter([chunk.request.adapter_slot for chunk in chunks], np.int32, num)
+        return replace(batch, adapter_index=torch.from_numpy(each[owners]))
 
     def _list_pages(self, chunks: Sequence[Chunk]) -> int:
         """Brings the block tables up to date; how many columns of them are in use."""

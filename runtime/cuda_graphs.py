@@ -57,7 +57,12 @@ def pad_decode(batch: StepBatch, size: int, width: int) -> StepBatch:
         torch.arange(size, dtype=batch.logits_indices.dtype),
         None if batch.window_slot_mapping is None else filled(batch.window_slot_mapping, -1),
         None if batch.window_block_tables is None else table(batch.window_block_tables),
+        None if batch.adapter_index is None else filled(batch.adapter_index, -1),
     )
+
+
+def _tensors(batch: StepBatch) -> list[Tensor]:
+    return [t for field in fields(StepBatch) if (t := getattr(batch, field.name)) is not None]
 
 
 @dataclass
@@ -104,9 +109,8 @@ class DecodeGraphs:
         captured = self._captured.get((size, width))
         if captured is None:
             captured = self._captured[size, width] = self._capture(padded, cache, executable)
-        for field in fields(StepBatch):
-            if (tensor := getattr(padded, field.name)) is not None:
-                getattr(captured.inputs, field.name).copy_(tensor, non_blocking=True)
+        for mine, given in zip(_tensors(captured.inputs), _tensors(padded), strict=True):
+            mine.copy_(given, non_blocking=True)
         captured.graph.replay()
         self.replays += 1
         executable.check()

@@ -13,10 +13,12 @@ import torch
 from llmopt.compiler.errors import InputError, RequestError
 from llmopt.compiler.options import Options
 from llmopt.compiler.step import CacheSpec
+from llmopt.runtime.adapters import Adapter, Adapters, LoRARequest
 from llmopt.runtime.batch_builder import BatchBuilder
 from llmopt.runtime.cache_sizes import cache_sizes, host_sizes
 from llmopt.runtime.metrics import Metrics
 from llmopt.runtime.overlap import Flight, Worker, overlaps
+from llmopt.runtime.peft_folder import read_adapter, stamp
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import (
     Constraints,
@@ -65,12 +67,17 @@ class EngineCore:
             max_num_queued=options.max_num_queued,
             enable_prefix_caching=options.enable_prefix_caching,
             eos_token_ids=frozenset(info.eos_token_ids),
+            max_loras=program.adapters.spec.max_loras if program.adapters is not None else 0,
         )
+        # By name, where the program takes adapters.
+        self.adapters = Adapters(program.adapters.spec, stamp, read_adapter) if program.adapters is not None else None
         sizes, per_page = cache_sizes(program, options, max_model_len), program.bytes_per_block_of_groups()
         self.cache = program.new_cache(sizes, host_sizes(sizes, per_page, options.swap_space_bytes))
         self.scheduler = Scheduler(self.cache.groups, config, _fingerprint(program.caches))
         narrowest = min((spec.window for spec in program.caches if spec.window), default=0)
-        self._builder = BatchBuilder(config.max_num_seqs, program.block_size, len(sizes), narrowest)
+        self._builder = BatchBuilder(
+            config.max_num_seqs, program.block_size, len(sizes), narrowest, adapters=self.adapters is not None
+        )
         self.eos_token_ids = info.eos_token_ids
         self._sampler = Sampler(info.vocab_size, info.eos_token_ids)
         self._ids = map(str, itertools.count())
@@ -106,6 +113,7 @@ class EngineCore:
         stop_check: StopCheck | None = None,
         outbox: Outbox | None = None,
         constraints: Constraints | None = None,
+        adapter: Adapter | None = None,
     ) -> Request:
         """Queues a request; it runs in the steps that follow.
 
@@ -118,10 +126,13 @@ class EngineCore:
             stream: which random stream of the seed this sequence draws from.
             stop_check, outbox: see `Request`.
             constraints: what `ConstraintCompiler` made of `params`.
+            adapter: one of `adapters`.
 
         Raises InputError for a request that could never be served, QueueFullError when too many wait.
         """
         self.check(prompt, params, priority=priority, cache_salt=cache_salt)
+        if adapter is not None and self.adapters is None:
+            raise InputError("this program takes no adapters: it was made with enable_lora=False")
         with self._lock:
             name = self._new_id() if request_id is None else request_id
         request = Request(
@@ -131,6 +142,8 @@ class EngineCore:
             params,
             priority=priority,
             cache_salt=cache_salt,
+            adapter=adapter.key if adapter is not None else None,
+            adapter_weights=adapter,
             stop_check=stop_check,
             outbox=outbox,
         )
@@ -138,6 +151,14 @@ class EngineCore:
         with self._lock:
             self.scheduler.add(request)
         return request
+
+    def adapter(self, request: LoRARequest) -> Adapter:
+        """The adapter that a request names; raises as `Adapters.add`, and InputError where there are none."""
+        if not isinstance(request, LoRARequest):
+            raise InputError(f"lora_request must be a LoRARequest, got {request!r:.80}")
+        if self.adapters is None:
+            raise InputError(f"lora_request={request.lora_name!r} needs the option enable_lora=True")
+        return self.adapters.add(request)
 
     def fork(
         self,
@@ -163,6 +184,7 @@ class EngineCore:
             priority=parent.priority,
             cache_salt=parent.cache_salt,
             adapter=parent.adapter,
+            adapter_weights=parent.adapter_weights,
             stop_check=stop_check,
             outbox=outbox,
         )
@@ -256,6 +278,7 @@ class EngineCore:
         while plan.moves:
             self.cache.perform(plan.moves[0])
             plan.moves.popleft()
+        self._load_adapters(plan.chunks)
         # Built here: what happens to requests while the step runs must not reach it.
         batch = self._builder.build(plan.chunks)
         return Flight(plan, lambda: self._forward(batch), self._worker)
@@ -278,6 +301,13 @@ class EngineCore:
         for request in changed:
             _publish(request)
         return changed
+
+    def _load_adapters(self, chunks: Sequence[Chunk]) -> None:
+        """Brings the weights of the requests' adapters into their slots; no step runs meanwhile."""
+        if self.program.adapters is not None:
+            for chunk in chunks:
+                if chunk.request.adapter_weights is not None:
+                    self.program.adapters.load(chunk.request.adapter_slot, chunk.request.adapter_weights)
 
     def _wanted(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[Sequence[Chunk], torch.Tensor]:
         """The chunks whose requests were neither aborted nor preempted during the step, and their rows of the logits.

@@ -7,6 +7,7 @@ from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
 from llmopt.compiler.errors import QueueFullError
+from llmopt.runtime.adapters import Adapter
 from llmopt.runtime.detokenizer import Detokenizer
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
@@ -25,7 +26,7 @@ class Job:
     codec: makes text of the tokens; None leaves them what they are.
     constraints: what `ConstraintCompiler` made of `params`.
     stop_check: of requests without a codec; see `Request`.
-    request_id, priority, cache_salt: as `EngineCore.add_request` takes them.
+    request_id, priority, cache_salt, adapter: as `EngineCore.add_request` takes them.
     """
 
     prompt: Sequence[int]
@@ -37,6 +38,7 @@ class Job:
     request_id: str | None = None
     priority: int = 0
     cache_salt: str | None = None
+    adapter: Adapter | None = None
 
 
 @dataclass(eq=False)
@@ -78,6 +80,7 @@ class SequenceGroup:
             constraints=job.constraints,
             stop_check=self._stop_check(detokenizer),
             outbox=outbox,
+            adapter=job.adapter,
         )
         self.sequences.append(SequenceState(0, request, detokenizer))
         return request

@@ -22,7 +22,8 @@ from tokenizers import Tokenizer
 from llmopt.codegen import program_json
 from llmopt.compiler.errors import InputError, ProgramFileError
 from llmopt.compiler.kv_formats import KV_CACHE_DTYPES
-from llmopt.compiler.step import CacheSpec
+from llmopt.compiler.options import MAX_LORAS
+from llmopt.compiler.step import CacheSpec, LoraSpec, LoraTarget
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
@@ -73,6 +74,7 @@ def save_program(
         "max_model_len": max_model_len,
         "eos_token_ids": list(eos_token_ids),
         "tokenizer": tokenizer,
+        "lora": _lora_json(program.adapters.spec) if program.adapters is not None else None,
     }
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -121,7 +123,13 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ProgramFileError(f"{path} is no valid safetensors file: {error}") from error
     program = program_json.from_json(data["program"])
-    step = StepProgram(program, _caches(data["caches"]), _positive(data, "block_size", 1024), threads)
+    caches, lora = _caches(data["caches"]), _lora(data.get("lora"))
+    pools = [
+        (value.dtype, value.sizes) for value in program.values if (value.kind, value.name) == ("input", "lora_pool")
+    ]
+    if pools != ([(lora.dtype, (lora.max_loras, lora.slot_elements))] if lora is not None else []):
+        raise ProgramFileError("the description of adapters does not fit the program")
+    step = StepProgram(program, caches, _positive(data, "block_size", 1024), threads, lora=lora)
     try:
         step.bind([tensors[name].to(step.executable.device) for name in names])
     except InputError as error:
@@ -180,6 +188,28 @@ def _caches(data: Any) -> list[CacheSpec]:
         read = program_json.read_dtype(dtype)
         specs.append(CacheSpec(layer, heads, key_size, value_size, read, window, kv_dtype, group))
     return specs
+
+
+def _lora_json(spec: LoraSpec) -> dict[str, Any]:
+    targets = [[target.name, target.in_features, target.out_features] for target in spec.targets]
+    dtype = program_json.dtype_name(spec.dtype)
+    return {"targets": targets, "max_loras": spec.max_loras, "max_rank": spec.max_rank, "dtype": dtype}
+
+
+def _lora(data: Any) -> LoraSpec | None:
+    if data is None:
+        return None
+    if not isinstance(data, dict) or {"targets", "max_loras", "max_rank", "dtype"} - data.keys():
+        raise ProgramFileError("malformed description of adapters")
+    targets = []
+    for row in data["targets"] if isinstance(data["targets"], list) else [None]:
+        if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
+            raise ProgramFileError("malformed description of adapters")
+        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 31 for n in row[1:]):
+            raise ProgramFileError("malformed description of adapters")
+        targets.append(LoraTarget(*row))
+    slots, rank = _positive(data, "max_loras", MAX_LORAS), _positive(data, "max_rank", 512)
+    return LoraSpec(tuple(targets), slots, rank, program_json.read_dtype(data["dtype"]))
 
 
 def _tokenizer(text: Any) -> Tokenizer | None:

@@ -8,6 +8,7 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
+    from llmopt.runtime.adapters import Adapter
     from llmopt.runtime.sampling import SamplingParams, TokenLogprobs
 
 # Stands in a request's list of blocks for a page that no layer looks at any more.
@@ -54,7 +55,9 @@ class Request:
         num_prompt: how many of them are the prompt.
         priority: lower is served first; first come, first served among equals.
         cache_salt: requests share cached pages only with requests of the same salt.
-        adapter: name of what changes the model for this request; part of the cache key as well.
+        adapter: names what changes the model for this request, by its content; part of the cache key as well.
+        adapter_weights: what it is; None without.
+        adapter_slot: where a running request finds it among the program's adapters, -1 for none.
         stop_check: called after each new token but one that ends the request; True ends it with reason "stop".
         outbox: where the engine puts the request whenever it has a new token or has ended.
         published: how many tokens it had when it was last put there, and whether it had ended; one tuple, so that a
@@ -72,6 +75,8 @@ class Request:
     priority: int = 0
     cache_salt: str | None = None
     adapter: str | None = None
+    adapter_weights: Adapter | None = None
+    adapter_slot: int = -1
     stop_check: StopCheck | None = None
     outbox: Outbox | None = None
     published: tuple[int, bool] = (0, False)

@@ -13,12 +13,14 @@ would not fit alone: something always gets ahead.
 from __future__ import annotations
 
 import bisect
+import itertools
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
 from llmopt.compiler.errors import InputError, QueueFullError
+from llmopt.runtime.adapter_slots import AdapterSlots
 from llmopt.runtime.block_pool import BlockPool
 from llmopt.runtime.metrics import Counters
 from llmopt.runtime.page_groups import Move, PageGroup, PageGroups
@@ -31,6 +33,9 @@ MAX_PROMPT_ROWS = 256
 # computes, and so many tokens more change its time little; swapping would copy their pages twice.
 MIN_SWAPPED_TOKENS = 64
 
+# Waiting requests that are looked at when the first of them has to wait for its adapter.
+LOOKAHEAD = 64
+
 
 @dataclass(frozen=True)
 class SchedulerConfig:
@@ -42,6 +47,7 @@ class SchedulerConfig:
     enable_prefix_caching: share the pages of prompts that begin alike.
     eos_token_ids: tokens that end a request.
     min_swapped_tokens: computed tokens from which a preempted request is swapped out rather than computed again.
+    max_loras: adapters that running requests may have at once; 0: requests have none, or it does not matter which.
     """
 
     max_num_seqs: int
@@ -51,6 +57,7 @@ class SchedulerConfig:
     enable_prefix_caching: bool = True
     eos_token_ids: frozenset[int] = frozenset()
     min_swapped_tokens: int = MIN_SWAPPED_TOKENS
+    max_loras: int = 0
 
 
 class Chunk(NamedTuple):
@@ -85,6 +92,7 @@ class Scheduler:
         self._waiting: list[Request] = []
         self._arrivals = 0
         self._seats = list(range(config.max_num_seqs - 1, -1, -1))
+        self._adapters = AdapterSlots(config.max_loras)
         self._planned: dict[Request, Chunk] = {}
 
     # ---- requests --------------------------------------------------------------------------------------------------
@@ -279,6 +287,7 @@ class Scheduler:
             raise RuntimeError(f"{len(self._seats)} free seats, {len(self.running)} running requests")
         if sorted(map(id, [*self.running, *self._waiting])) != sorted(map(id, self.requests.values())):
             raise RuntimeError("a request is in no queue or in two")
+        self._adapters.check(r.adapter for r in self.running if r.adapter_slot >= 0 and r.adapter is not None)
 
     # ---- pages -----------------------------------------------------------------------------------------------------
 
@@ -319,8 +328,7 @@ class Scheduler:
 
     def _admit(self) -> None:
         """Starts waiting requests in the order of their rank, as long as the first of them fits."""
-        while self._waiting and (budget := self._budget()) > 0:
-            request = self._waiting[0]
+        while (budget := self._budget()) > 0 and (request := self._next_waiting()) is not None:
             share = self._share(request, budget)
             if not share:
                 break
@@ -339,7 +347,7 @@ class Scheduler:
                 if self._displace(request, short):
                     continue
                 break
-            self._waiting.pop(0)
+            self._waiting.remove(request)
             if request.num_preempted == 0:
                 request.num_hit = len(hit[0]) * self.pool.block_size
                 self.counters.prompt_tokens += request.num_prompt
@@ -356,6 +364,20 @@ class Scheduler:
             if not self._make_room(request, share):
                 break
             self._plan_chunk(request, share)
+
+    def _next_waiting(self) -> Request | None:
+        """The first waiting request, unless it has to wait until running ones give up a slot for its adapter.
+
+        Then only requests without an adapter may overtake it: the slots run empty, and it gets the next one.
+        """
+        blocked = False
+        for request in itertools.islice(self._waiting, LOOKAHEAD):
+            if request.adapter is None or not self.config.max_loras:
+                return request
+            if not blocked and self._adapters.has_room(request.adapter):
+                return request
+            blocked = True
+        return None
 
     def _displace(self, request: Request, short: Sequence[int]) -> bool:
         """Preempts requests of lower priority, the worst first, if that gives `request` a seat and the pages that it is
@@ -377,6 +399,8 @@ class Scheduler:
         """From waiting to running, with pages that hold its first tokens already."""
         request.num_computed = num_computed
         request.status, request.seat = Status.RUNNING, self._seats.pop()
+        if request.adapter is not None and self.config.max_loras:
+            request.adapter_slot = self._adapters.pin(request.adapter)
         self.running.append(request)
 
     def _enqueue(self, request: Request) -> None:
@@ -394,6 +418,9 @@ class Scheduler:
         self.running.remove(request)
         self._seats.append(request.seat)
         request.seat = -1
+        if request.adapter is not None and request.adapter_slot >= 0:
+            self._adapters.unpin(request.adapter)
+            request.adapter_slot = -1
         self._planned.pop(request, None)
 
     def _end(self, request: Request, reason: str) -> None:

@@ -17,6 +17,8 @@ class StepBatch:
     """One ragged batch of T tokens of B requests; see `compiler.step` for shapes and dtypes.
 
     Without pages of their own, layers with a window use those of the others.
+
+    adapter_index: for each token the slot of its adapter, int32 `[T]`, -1 for none; None if no token has one.
     """
 
     input_ids: Tensor
@@ -28,6 +30,7 @@ class StepBatch:
     logits_indices: Tensor
     window_slot_mapping: Tensor | None = None
     window_block_tables: Tensor | None = None
+    adapter_index: Tensor | None = None
 
     def inputs(self, names: Iterable[str]) -> list[Tensor]:
         """The named inputs of a step program."""

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from llmopt.codegen.program import Program
-from llmopt.compiler.step import CacheSpec, group_windows, step_inputs
+from llmopt.compiler.step import CacheSpec, LoraSpec, group_windows, step_inputs
+from llmopt.runtime.adapters import AdapterPool
 from llmopt.runtime.cuda_executable import make_executable
 from llmopt.runtime.cuda_graphs import DecodeGraphs
 from llmopt.runtime.kv_cache import KVCache
@@ -21,11 +22,13 @@ class StepProgram:
     """A step program bound to its weights. Threads may share it: steps are taken one at a time.
 
     Args:
-        program: inputs are `step_inputs(caches)` in order, then the caches, K and V of each layer in turn.
+        program: inputs are `step_inputs(caches)` in order, then the caches, K and V of each layer in turn, then with
+            `lora` LORA_INPUTS.
         caches: what each attention layer stores.
         block_size: tokens in one page.
         threads: CPU threads, 0 for PyTorch's number.
         device: where a program for a GPU runs, None for the current GPU.
+        lora: the adapters that the program was made for; their memory is `adapters`.
     """
 
     def __init__(
@@ -35,12 +38,14 @@ class StepProgram:
         block_size: int,
         threads: int = 0,
         device: torch.device | None = None,
+        lora: LoraSpec | None = None,
     ) -> None:
         self.program, self.caches, self.block_size = program, list(caches), block_size
         self.executable = make_executable(program, threads, device)
         self.graphs = DecodeGraphs(self.run) if program.target == "cuda" and not program.fallbacks else None
         self.input_names = tuple(step_inputs(caches))
         self._lock = threading.Lock()
+        self.adapters = AdapterPool(lora, self.executable.device) if lora is not None else None
         self.rows_computed = 0
         self.num_steps = 0
 
@@ -82,11 +87,18 @@ class StepProgram:
         """As a call, launched kernel by kernel; logits stay on the program's device."""
         device = self.executable.device
         inputs = batch.inputs(self.input_names)
+        lora: list[Tensor] = []
+        if self.adapters is not None:
+            index = batch.adapter_index
+            if index is None:
+                index = torch.full(batch.input_ids.shape, -1, dtype=torch.int32)
+            lora = [index, *self.adapters.tensors]
         if device.type != "cpu":
             inputs = [tensor.to(device, non_blocking=True) for tensor in inputs]
-        # Weights follow the caches among the program's arguments; they are bound already.
-        rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors))
-        logits: Tensor = self.executable([*inputs, *cache.tensors, *rest], lend=lend)[0]
+            lora = [tensor.to(device, non_blocking=True) for tensor in lora]
+        # Weights follow among the program's arguments; they are bound already.
+        rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors) - len(lora))
+        logits: Tensor = self.executable([*inputs, *cache.tensors, *lora, *rest], lend=lend)[0]
         return logits
 
 

@@ -22,7 +22,7 @@ from llmopt.compiler.opspec import OPS
 from llmopt.compiler.options import Options
 from llmopt.compiler.step import STEP_INPUTS
 from llmopt.compiler.verify import Level
-from llmopt.passes.pipeline import BACKEND, step_pipeline
+from llmopt.passes.pipeline import BACKEND, InsertLora, step_pipeline
 from llmopt.runtime.program_file import FORMAT, VERSION
 from llmopt.runtime.sampling import SamplingParams
 
@@ -113,7 +113,7 @@ def test_ops() -> None:
 
 
 def test_passes() -> None:
-    everything = {p.name: p for p in (*BACKEND, *step_pipeline(16))}
+    everything = {p.name: p for p in (*BACKEND, *step_pipeline(16, lora=InsertLora()))}
     assert {names(row[0])[0] for row in rows("passes/README.md", "## Table")} == set(everything)
     required = {name for name, item in everything.items() if item.required}
     sentence = re.search(r"^(.*) cannot be disabled", " ".join(read("passes/README.md").split("\n")), re.MULTILINE)

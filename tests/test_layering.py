@@ -25,7 +25,9 @@ ALLOWED = {
 # The one place for a dependency that costs seconds, or that only one target has.
 ADAPTERS = {
     "transformers": {"api/huggingface.py"},
-    "triton": {f"codegen/triton/kernels/{name}.py" for name in ("attention", "functions", "linear", "moe", "rowwise")},
+    "triton": {
+        f"codegen/triton/kernels/{name}.py" for name in ("attention", "functions", "linear", "lora", "moe", "rowwise")
+    },
 }
 # Whatever unpickles can run code from a file; so can eval and exec.
 UNSAFE_MODULES = {"pickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}

@@ -144,7 +144,8 @@ def _calls(program: Program, lowered: Lowered) -> list[CallReport]:
         if group is not None:
             costs = [group_cost(nodes, group.inputs, group.outputs)]
         else:
-            costs = node_costs(nodes[0], count)
+            # Several nodes and as many calls: one each, such as a product and what adapters add to it.
+            costs = [node_costs(node)[0] for node in nodes] if len(nodes) == count else node_costs(nodes[0], count)
         for step, cost in zip(program.steps[position : position + count], costs, strict=True):
             found.append(_call(step, nodes, cost))
         position += count

@@ -36,6 +36,7 @@ HEADERS: dict[str, str] = {
     "batched_linear": "batched_linear.h",
     "grouped_linear": "grouped_linear.h",
     "moe": "moe.h",
+    "lora": "lora.h",
     "attention": "attention.h",
     "attention_contiguous": "attention.h",
     "rms_norm": "norm.h",
@@ -60,6 +61,7 @@ ARGUMENT_TOKENS = frozenset(
 )
 
 MAX_HEAD_SIZE = 576  # kMaxHeadDim of kernels/kv_formats.h
+LORA_PARTS = 8  # kMaxParts of kernels/lora.h
 
 
 @dataclass(frozen=True)
@@ -129,6 +131,35 @@ def plan_linear(node: Node, result: Node | None = None, act: str | None = None) 
     kernel = KernelSpec("linear", (dtype,) if act is None else (dtype, dtype, _ACTIVATION[act]))
     absorbs = () if result is None else (node,)
     return [PlannedCall(kernel, (x, out, *segments), ints, (), (out,), absorbs)]
+
+
+def plan_lora(node: Node) -> Plan:
+    """llmopt::lora, added where the product that nobody else reads is written."""
+    y, x, pool, ranks, scales, index, most, targets, columns, sizes, offsets = node.args
+    dtype = _float(node)
+    if dtype is None or any(tensor(t).dtype != tensor(node).dtype for t in (x, y, pool)):
+        return f"no kernel for {tensor(x).dtype}, {tensor(y).dtype} and adapters of {tensor(pool).dtype}"
+    if not all(layout(t).is_contiguous for t in (pool, ranks, scales, index)):
+        return "adapters or their index are not contiguous"
+    rows = [layout(t).rows() for t in (x, y, node)]
+    if None in rows:
+        return "rows are not evenly spaced"
+    own = y.target is llmopt_ops.linear.default and len(y.users) == 1
+    product = plan_linear(y, node) if own else ""
+    calls = [] if isinstance(product, str) else product
+    (count, x_stride), (_, y_stride), (_, out_stride) = (row for row in rows if row is not None)
+    slots, slot_size = (to_expr(s) for s in tensor(pool).shape)
+    shape = (count, to_expr(tensor(x).shape[-1]), x_stride, y_stride, out_stride, to_expr(tensor(node).shape[-1]))
+    parts = list(zip(targets, columns, sizes, offsets, strict=True))
+    for begin in range(0, len(parts), LORA_PARTS):
+        here = parts[begin : begin + LORA_PARTS]
+        numbers = (len(here), *(number for part in here for number in part))
+        space = Workspace(128 + 4 * count * (1 + len(here) * most))
+        operands = (x, None if calls else y, node, index, pool, ranks, scales, space)
+        calls.append(
+            PlannedCall(KernelSpec("lora", (dtype,)), operands, (*shape, slots, slot_size, most, *numbers), (), (node,))
+        )
+    return calls
 
 
 def _activation(node: Node) -> str | None:
@@ -519,6 +550,7 @@ PLANNERS: dict[Any, Callable[[Node], Plan | None]] = {
     llmopt_ops.attention.default: plan_attention,
     llmopt_ops.gated_act.default: plan_gated_act,
     llmopt_ops.moe.default: plan_moe,
+    llmopt_ops.lora.default: plan_lora,
     aten.gelu.default: plan_activation,
     aten.silu.default: plan_activation,
     aten.relu.default: plan_activation,
@@ -538,7 +570,7 @@ def plan_template(node: Node) -> Plan | None:
 
 
 # Templates that choose an algorithm by the number of rows; kernels/invariance.h.
-_CHOOSE_BY_ROWS = frozenset({"linear", "batched_linear", "moe", "attention", "attention_contiguous"})
+_CHOOSE_BY_ROWS = frozenset({"linear", "batched_linear", "moe", "lora", "attention", "attention_contiguous"})
 
 
 def source_of(spec: KernelSpec, entry: str, batch_invariant: bool = False) -> str:

@@ -21,6 +21,7 @@ from llmopt.codegen.cpu.templates import FLOATS, Plan, PlannedCall, Workspace
 from llmopt.codegen.triton.attention import CONTIGUOUS, MAX_HEAD_SIZE, PAGED, paged_workspace
 from llmopt.codegen.triton.calls import ACTIVATIONS, Call, ceil_div, power
 from llmopt.codegen.triton.launch import Device, Launch
+from llmopt.codegen.triton.lora import LORA
 from llmopt.codegen.triton.moe import MOE, moe_workspace
 from llmopt.codegen.triton.products import BATCHED, GROUPED, LINEAR, linear_workspace
 
@@ -184,6 +185,7 @@ TEMPLATES: dict[str, Template] = {
     "batched_linear": Template("linear", (_FLOAT_TOKENS,), BATCHED),
     "grouped_linear": Template("linear", (_FLOAT_TOKENS, _INT_TOKENS), GROUPED),
     "moe": Template("moe", (_FLOAT_TOKENS, _FLOAT_TOKENS, _ACTS), MOE, replan=_workspace(moe_workspace)),
+    "lora": Template("lora", (_FLOAT_TOKENS,), LORA),
     "attention": Template("attention", (_FLOAT_TOKENS,), PAGED, _heads(3, 4), _workspace(paged_workspace)),
     "attention_contiguous": Template("attention", (_FLOAT_TOKENS, _FLOAT_TOKENS | {"bool"}), CONTIGUOUS, _heads(5, 6)),
     "rms_norm": Template("rowwise", (_FLOAT_TOKENS, _FLOAT_TOKENS, _FLAGS), _norm, _limit(2, MAX_COLUMNS, "rows")),

@@ -84,6 +84,19 @@ def test_step_program_in_named_sizes() -> None:
     assert report.captured is not None and all(item.graph for item in report.passes)
 
 
+def test_a_product_and_its_adapters_are_counted_apart() -> None:
+    work: list[list[float]] = []
+    for options in (Options(), Options(enable_lora=True, max_loras=2, max_lora_rank=3)):
+        details = compile_step(traced(TinyCausal()), options).report.details
+        assert details is not None
+        sizes = details.sizes({"tokens": 12, "rows": 3})
+        work.append([numbers(call, sizes)[0] for call in details.calls if "llmopt.linear" in call.origin])
+    products = [(12, 3 * HIDDEN), (12, HIDDEN), (3, VOCABULARY)]
+    assert work[0] == [2 * rows * HIDDEN * columns for rows, columns in products]
+    assert work[1][::2] == work[0]
+    assert work[1][1::2] == [2 * rows * 3 * (HIDDEN + columns) for rows, columns in products]
+
+
 def test_lifetimes_fit_into_the_arena_and_do_not_collide() -> None:
     report = compile_step(traced(TinyCausal(layers=3)), Options()).report
     details = report.details

@@ -106,7 +106,7 @@ def test_cost_counts_real_work(name: str) -> None:
             rows = sample[1].shape[1] * sample[1].shape[2]
             written += rows * sum(cache.shape[-1] * cache.element_size() for cache in sample[3:5])
         assert cost.bytes_written == written
-        if name not in ("moe", "paged_attention"):  # they read a part of the experts, and of the cache
+        if name not in ("moe", "lora", "paged_attention"):  # they read a part of the experts, adapters, cache
             operands = sample[:4] if name == "attention" else sample  # slopes and sinks are one number a head
             assert cost.bytes_read == sum(t.nbytes for t in _tensors(operands))
 

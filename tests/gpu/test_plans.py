@@ -16,7 +16,7 @@ from llmopt.codegen.program_json import from_json, to_json
 from llmopt.codegen.triton.templates import TEMPLATES
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import run_pipeline
-from llmopt.passes.pipeline import BACKEND, step_pipeline
+from llmopt.passes.pipeline import BACKEND, InsertLora, step_pipeline
 from llmopt.tracing import trace_forward
 
 
@@ -40,19 +40,31 @@ def check(program: Program) -> None:
             compile(print_triton(kernel.loop), kernel.loop.name, "exec")
 
 
+@pytest.mark.slow
+def test_step_with_adapters() -> None:
+    templates = {kernel.template for kernel in step_program("gpt2", InsertLora()).kernels}
+    assert "lora" in templates
+
+
 @pytest.mark.parametrize("name", models("llama", "mixtral"))
 def test_step(name: str) -> None:
-    captured, _ = trace_forward(logits_of(build(name, torch.bfloat16)), 128)
-    to_cuda(captured.graph)
-    for node, weight in zip(captured.graph.find_nodes(op="placeholder"), captured.weights, strict=True):
-        node.meta["weight"] = weight
-    run_pipeline(captured.graph, step_pipeline(16), Options())
-    program = lower_for_cuda(captured.graph).program
-    check(program)
+    program = step_program(name)
     templates = {kernel.template for kernel in program.kernels}
     assert {"attention", "kv_write", "linear", "embedding"} <= templates
     again = from_json(to_json(program))
     assert again == program and again.target == "cuda"
+
+
+def step_program(name: str, lora: InsertLora | None = None) -> Program:
+    """The checked step program of a model."""
+    captured, _ = trace_forward(logits_of(build(name, torch.bfloat16)), 128)
+    to_cuda(captured.graph)
+    for node, weight in zip(captured.graph.find_nodes(op="placeholder"), captured.weights, strict=True):
+        node.meta["weight"] = weight
+    run_pipeline(captured.graph, step_pipeline(16, lora=lora), Options())
+    program = lower_for_cuda(captured.graph).program
+    check(program)
+    return program
 
 
 @pytest.mark.parametrize("name", models("bloom"))

@@ -19,6 +19,7 @@ ROOT = Path(__file__).parents[2]
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 PARTS = {
     "linear": "tests/kernels/test_linear.py tests/kernels/test_batched_linear.py tests/kernels/test_moe.py",
+    "adapters": "tests/kernels/test_lora.py",
     "attention": "tests/kernels/test_attention.py tests/kernels/test_kv_write.py",
     "rows": "tests/kernels/test_norm.py tests/kernels/test_rope.py tests/kernels/test_gated_act.py "
     "tests/kernels/test_embedding.py tests/kernels/test_topk.py tests/kernels/test_scan.py "

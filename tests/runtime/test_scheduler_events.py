@@ -34,10 +34,18 @@ class Events(RuleBasedStateMachine):
         windows=st.sampled_from([(0,), (0,), (3,), (8,), (0, 3), (0, 8)]),
         swap_blocks=st.sampled_from([0, 0, 5, 40]),
         caching=st.booleans(),
+        max_loras=st.integers(1, 2),
     )
     @precondition(lambda self: self.count == 0)
     def start(
-        self, blocks: int, seqs: int, budget: int, windows: tuple[int, ...], swap_blocks: int, caching: bool
+        self,
+        blocks: int,
+        seqs: int,
+        budget: int,
+        windows: tuple[int, ...],
+        swap_blocks: int,
+        caching: bool,
+        max_loras: int,
     ) -> None:
         self.count = 1
         self.scheduler = make(
@@ -48,15 +56,24 @@ class Events(RuleBasedStateMachine):
             max_num_batched_tokens=budget,
             max_num_queued=6,
             enable_prefix_caching=caching,
+            max_loras=max_loras,
         )
         self.memory = Memory(self.scheduler)
 
     def pick(self, number: int, among: Sequence[Request]) -> Request:
         return among[number % len(among)]
 
-    def submit(self, prompt: list[int], max_tokens: int, priority: int, salt: str | None, parent: str | None) -> None:
+    def submit(
+        self,
+        prompt: list[int],
+        max_tokens: int,
+        priority: int,
+        salt: str | None,
+        adapter: str | None,
+        parent: str | None = None,
+    ) -> None:
         self.count += 1
-        each = request(str(self.count), prompt, max_tokens, priority=priority, cache_salt=salt)
+        each = request(str(self.count), prompt, max_tokens, priority=priority, cache_salt=salt, adapter=adapter)
         try:
             if parent is None:
                 self.scheduler.add(each)
@@ -72,19 +89,21 @@ class Events(RuleBasedStateMachine):
         max_tokens=st.integers(1, 12),
         priority=st.integers(0, 2),
         salt=st.sampled_from([None, None, "s"]),
+        adapter=st.sampled_from([None, None, "a", "b", "c"]),
     )
     @precondition(lambda self: self.count)
-    def add(self, length: int, offset: int, max_tokens: int, priority: int, salt: str | None) -> None:
-        self.submit([i // 6 + offset * (i > 9) for i in range(length)], max_tokens, priority, salt, None)
+    def add(
+        self, length: int, offset: int, max_tokens: int, priority: int, salt: str | None, adapter: str | None
+    ) -> None:
+        self.submit([i // 6 + offset * (i > 9) for i in range(length)], max_tokens, priority, salt, adapter)
 
     @rule(number=st.integers(0, 99), cut=st.integers(0, 4), max_tokens=st.integers(1, 12), same=st.booleans())
     @precondition(lambda self: self.count and self.scheduler.requests)
     def fork(self, number: int, cut: int, max_tokens: int, same: bool) -> None:
         parent = self.pick(number, list(self.scheduler.requests.values()))
         prompt = parent.tokens[: max(1, len(parent.tokens) - cut)]
-        self.submit(
-            [*prompt, *([] if same else [5])], max_tokens, parent.priority, parent.cache_salt, parent.request_id
-        )
+        tokens = [*prompt, *([] if same else [5])]
+        self.submit(tokens, max_tokens, parent.priority, parent.cache_salt, parent.adapter, parent.request_id)
 
     @rule(number=st.integers(0, 99))
     @precondition(lambda self: self.count and self.scheduler.requests)
@@ -162,6 +181,7 @@ class Events(RuleBasedStateMachine):
         for each in self.seen:
             assert each.generated == expected(each.tokens[: each.num_prompt], each.num_generated)
             assert each.status is not Status.FINISHED or not any(t.blocks or t.host for t in each.tables)
+            assert (each.adapter_slot >= 0) == (each.status is Status.RUNNING and each.adapter is not None)
 
     def teardown(self) -> None:
         if self.count:
