@@ -428,7 +428,9 @@ async def test_the_death_of_the_engine_reaches_everybody(culprit: str) -> None:
 async def test_shutdown_under_load(drain: bool) -> None:
     rows = prompts([5] * 12)
     engine = AsyncEngine(core_of(max_num_seqs=2))
-    tasks = [asyncio.create_task(last_of(engine.submit(Job(row, GREEDY)))) for row in rows]
+    params = [GREEDY] * 12 if drain else [GREEDY] * 4 + [LONG] * 8
+    jobs = [Job(row, each) for row, each in zip(rows, params, strict=True)]
+    tasks = [asyncio.create_task(last_of(engine.submit(job))) for job in jobs]
     await until(lambda: engine.metrics().requests_finished > 2)
     ends = [asyncio.create_task(asyncio.to_thread(engine.shutdown, drain=drain)) for _ in range(3)]
     await asyncio.gather(*ends)
