@@ -7,6 +7,7 @@ import contextlib
 import functools
 import weakref
 from collections.abc import AsyncGenerator, Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +15,7 @@ import torch
 
 from llmopt.compiler.errors import OptionError
 from llmopt.request_builder import Message, Prompt, RequestBuilder
+from llmopt.runtime.adapters import LoRARequest
 from llmopt.runtime.async_engine import AsyncEngine
 from llmopt.runtime.generation import Job
 from llmopt.runtime.metrics import Metrics
@@ -53,6 +55,7 @@ class AsyncLLM:
         *,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_request: LoRARequest | None = None,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Continues a prompt, and yields what is known of it as steps bring more; the last output is `finished`.
 
@@ -65,13 +68,14 @@ class AsyncLLM:
             request_id: a name for `abort`, not in use by another request; by default one is made.
             priority: lower goes first, and equals as they came.
             cache_salt: keys and values are shared only with requests of the same salt.
+            lora_request: an adapter; needs the option `enable_lora`.
 
         Raises, at the first iteration and before any work: InputError and OptionError as `LLM.generate`, QueueFullError
         when `max_num_queued` requests wait, EngineDeadError after `shutdown`. Later: EngineDeadError when the engine
         fails as a whole. A request that fails alone has "error" as its finish_reason.
         """
-        build = functools.partial(self._job, prompt, sampling_params, request_id, priority, cache_salt)
-        # Long texts and grammars take a while; the loop has other things to do.
+        build = functools.partial(self._job, prompt, sampling_params, request_id, priority, cache_salt, lora_request)
+        # Long texts, grammars and adapters take a while; the loop has other things to do.
         with contextlib.closing(self._engine.submit(await asyncio.to_thread(build))) as stream:
             async for output in stream:
                 yield output
@@ -86,6 +90,7 @@ class AsyncLLM:
         add_generation_prompt: bool = True,
         priority: int = 0,
         cache_salt: str | None = None,
+        lora_request: LoRARequest | None = None,
         **more: Any,
     ) -> AsyncGenerator[RequestOutput, None]:
         """Answers a conversation; as `generate`, with the template's arguments of `LLM.chat`."""
@@ -93,7 +98,7 @@ class AsyncLLM:
         def build() -> Job:
             variables = {**more, "add_generation_prompt": add_generation_prompt}
             (prompt,) = self._requests.render([messages], chat_template, **variables)
-            return self._job(prompt, sampling_params, request_id, priority, cache_salt)
+            return self._job(prompt, sampling_params, request_id, priority, cache_salt, lora_request)
 
         with contextlib.closing(self._engine.submit(await asyncio.to_thread(build))) as stream:
             async for output in stream:
@@ -106,7 +111,13 @@ class AsyncLLM:
             self._engine.abort(name)
 
     def _job(
-        self, prompt: Prompt, params: SamplingParams | None, request_id: str | None, priority: int, salt: str | None
+        self,
+        prompt: Prompt,
+        params: SamplingParams | None,
+        request_id: str | None,
+        priority: int,
+        salt: str | None,
+        lora_request: LoRARequest | None,
     ) -> Job:
         given = prompt if isinstance(prompt, str) else [prompt]  # one list is one prompt, even an empty one
         (job,) = self._requests.jobs(given, params, priority=[priority], cache_salt=salt, request_id=request_id)
@@ -114,7 +125,7 @@ class AsyncLLM:
             raise OptionError(
                 "output_kind", job.params.output_kind, "FINAL_ONLY with best_of: the best are known at the end"
             )
-        return job
+        return job if lora_request is None else replace(job, adapter=self._engine.core.adapter(lora_request))
 
     # ---- the engine ------------------------------------------------------------------------------------------------
 

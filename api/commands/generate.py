@@ -28,12 +28,14 @@ from llmopt.commands.common import (
     check_for_program,
     complain,
     given,
+    is_program,
     progress,
 )
 from llmopt.compiler.errors import InputError
 
 if TYPE_CHECKING:
     from llmopt.llm import LLM, CompletionOutput, RequestOutput
+    from llmopt.runtime.adapters import LoRARequest
     from llmopt.runtime.outputs import PositionLogprobs
     from llmopt.runtime.sampling import SamplingParams
 
@@ -103,6 +105,10 @@ def generate(
     grammar: Annotated[
         str | None, typer.Option(metavar="FILE", help="Output of this grammar, Lark or GBNF; - for stdin.")
     ] = None,
+    lora: Annotated[
+        str | None, typer.Option(metavar="FOLDER", help="Generate with this LoRA adapter, a folder that PEFT saved.")
+    ] = None,
+    max_lora_rank: Annotated[int | None, typer.Option(help="With --lora: largest rank there is room for [16].")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
     dtype: Dtype = None,
     threads: Threads = None,
@@ -142,8 +148,11 @@ def generate(
         max_num_batched_tokens=max_num_batched_tokens,
         enable_prefix_caching=enable_prefix_caching,
         batch_invariant=batch_invariant,
+        max_lora_rank=max_lora_rank,
+        enable_lora=True if lora is not None and not is_program(model) else None,
     )
     check_for_program(model, options)
+    adapter = llmopt.LoRARequest(Path(lora).name or lora, lora) if lora is not None else None
     structure = given(
         json=_read(json_schema) if json_schema is not None else None,
         json_object=json_object or None,
@@ -179,10 +188,10 @@ def generate(
         sampling = llmopt.SamplingParams(**chosen)
         llm = llmopt.LLM(model, **options)
     if stream:
-        _stream(llm, texts, sampling, as_json)
+        _stream(llm, texts, sampling, adapter, as_json)
         return
     with progress("compiling and generating"):
-        results = llm.generate(texts, sampling)
+        results = llm.generate(texts, sampling, lora_request=adapter)
     _print(results, as_json)
 
 
@@ -237,8 +246,8 @@ def _position(position: PositionLogprobs) -> list[dict[str, Any]]:
     return [{"token_id": token, **vars(entry)} for token, entry in position.items()]
 
 
-def _stream(llm: LLM, texts: list[str], sampling: SamplingParams, as_json: bool) -> None:
-    for chunk in llm.stream(texts, sampling):
+def _stream(llm: LLM, texts: list[str], sampling: SamplingParams, adapter: LoRARequest | None, as_json: bool) -> None:
+    for chunk in llm.stream(texts, sampling, lora_request=adapter):
         if as_json:
             typer.echo(json.dumps(vars(chunk)))
         else:

@@ -10,10 +10,18 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
-from models.target import PROMPT, target_llm
+from models.target import FOLDER, PROMPT, target_llm, write_adapter
 
-from llmopt import AsyncLLM, RequestOutput, RequestOutputKind, SamplingParams, StructuredOutputsParams
-from llmopt.errors import EngineDeadError, InputError, OptionError
+from llmopt import (
+    LLM,
+    AsyncLLM,
+    LoRARequest,
+    RequestOutput,
+    RequestOutputKind,
+    SamplingParams,
+    StructuredOutputsParams,
+)
+from llmopt.errors import AdapterError, EngineDeadError, InputError, OptionError
 from llmopt.runtime.text import REPLACEMENT
 
 PROMPTS = [PROMPT, "import os\nimport sys\n", "class Queue:\n    def __init__(self", "# ünï 🙂\n"]
@@ -167,3 +175,19 @@ def test_the_end_of_an_engine(program: Path) -> None:
     del forgotten
     gc.collect()
     assert {thread for thread in threading.enumerate() if thread.name.startswith("llmopt-")} == before
+
+
+def test_an_adapter_for_one_request_of_several(tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+
+    async def main() -> list[list[RequestOutput]]:
+        async with AsyncLLM(FOLDER, dtype="float32", enable_lora=True) as engine:
+            with pytest.raises(AdapterError):
+                await all_of(engine.generate(PROMPT, GREEDY, lora_request=LoRARequest("b", tmp_path / "missing")))
+            each = (None, adapter, None)
+            return await asyncio.gather(*(all_of(engine.generate(PROMPT, GREEDY, lora_request=a)) for a in each))
+
+    base, adapted, again = (outputs[-1].outputs[0].token_ids for outputs in asyncio.run(main()))
+    assert base == again == tuple(target_llm().generate(PROMPT, GREEDY)[0].outputs[0].token_ids)
+    llm = LLM(FOLDER, dtype="float32", enable_lora=True)
+    assert adapted == llm.generate(PROMPT, GREEDY, lora_request=adapter)[0].outputs[0].token_ids != base

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from models.target import write_adapter
 from typer.testing import CliRunner, Result
 
 import llmopt
@@ -84,6 +85,18 @@ def test_generate_text(engine: Path, expected: list[llmopt.RequestOutput]) -> No
     assert run("generate", engine, PROMPTS[0], *arguments).stdout == f"{texts[0]}\n"
     both = run("generate", engine, *PROMPTS, *arguments).stdout
     assert both == f"==> prompt 1 <==\n{texts[0]}\n\n==> prompt 2 <==\n{texts[1]}\n"
+
+
+@needs_compiler
+def test_generate_with_an_adapter(engine: Path, expected: list[llmopt.RequestOutput], tmp_path: Path) -> None:
+    adapter = write_adapter(tmp_path / "adapter")
+    arguments = [PROMPTS[0], "--lora", adapter.lora_path]
+    (found,) = records(run("generate", TARGET, *arguments, *GREEDY, "--json").stdout)
+    own = llmopt.LLM(TARGET, dtype="float32", enable_lora=True)
+    params = llmopt.SamplingParams(temperature=0.0, max_tokens=12)
+    (output,) = own.generate(PROMPTS[0], params, lora_request=adapter)
+    assert found["token_ids"] == list(output.outputs[0].token_ids) != list(expected[0].outputs[0].token_ids)
+    assert "needs the option enable_lora" in run("generate", engine, *arguments, status=2).stderr
 
 
 @needs_compiler
