@@ -1,7 +1,7 @@
 """Many waiting requests of mixed lengths: llmopt beside transformers' continuous batching and one-at-a-time `generate`.
 
-usage: python benchmarks/serving_cpu.py [--dtype bfloat16] [--layers 16] [--requests 64] [--prompt-len 16:256]
-           [--output-len 16:128] [--rounds 3] [--threads 2] [--one-at-a-time 8]
+usage: python benchmarks/serving_cpu.py [--dtype bfloat16] [--layers 16] [--requests 64] [--prompt-len 16:128]
+           [--output-len 16:128] [--rounds 2] [--threads 2] [--one-at-a-time 4]
            [--out benchmarks/results/serving_cpu.json]
 
 The shape is Llama-3.2-1B's, the weights are random and shared by all contestants, every request has its own number of
@@ -247,12 +247,12 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--dtype", choices=sorted(DTYPES), default="bfloat16")
     parser.add_argument("--layers", type=int, default=16)
     parser.add_argument("--requests", type=int, default=64)
-    parser.add_argument("--prompt-len", type=parse_range, default=range(16, 257), metavar="FIRST:LAST")
+    parser.add_argument("--prompt-len", type=parse_range, default=range(16, 129), metavar="FIRST:LAST")
     parser.add_argument("--output-len", type=parse_range, default=range(16, 129), metavar="FIRST:LAST")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--rounds", type=int, default=2)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-num-seqs", type=int, default=64)
-    parser.add_argument("--one-at-a-time", type=int, default=8, help="how many requests `generate` runs")
+    parser.add_argument("--one-at-a-time", type=int, default=4, help="how many requests `generate` runs")
     parser.add_argument(
         "--peers", nargs="+", choices=("generate_batch", "generate"), default=["generate_batch", "generate"]
     )
