@@ -69,8 +69,9 @@ class EngineCore:
             eos_token_ids=frozenset(info.eos_token_ids),
             max_loras=program.adapters.spec.max_loras if program.adapters is not None else 0,
         )
-        # By name, where the program takes adapters.
-        self.adapters = Adapters(program.adapters.spec, stamp, read_adapter) if program.adapters is not None else None
+        # Where the program takes adapters: its slots for them, and all that are known by name.
+        self._slots = program.adapters
+        self.adapters = Adapters(self._slots.spec, stamp, read_adapter) if self._slots is not None else None
         sizes, per_page = cache_sizes(program, options, max_model_len), program.bytes_per_block_of_groups()
         self.cache = program.new_cache(sizes, host_sizes(sizes, per_page, options.swap_space_bytes))
         self.scheduler = Scheduler(self.cache.groups, config, _fingerprint(program.caches))
@@ -304,10 +305,10 @@ class EngineCore:
 
     def _load_adapters(self, chunks: Sequence[Chunk]) -> None:
         """Brings the weights of the requests' adapters into their slots; no step runs meanwhile."""
-        if self.program.adapters is not None:
+        if self._slots is not None:
             for chunk in chunks:
                 if chunk.request.adapter_weights is not None:
-                    self.program.adapters.load(chunk.request.adapter_slot, chunk.request.adapter_weights)
+                    self._slots.load(chunk.request.adapter_slot, chunk.request.adapter_weights)
 
     def _wanted(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> tuple[Sequence[Chunk], torch.Tensor]:
         """The chunks whose requests were neither aborted nor preempted during the step, and their rows of the logits.
