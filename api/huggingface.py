@@ -142,8 +142,7 @@ def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
     """A causal language model from a local Hugging Face folder. Never reaches for the network, nor runs its code.
 
     The module is built without memory. Weights are views of the mapped safetensors files; where they have another
-    `dtype`, or transformers merges several into one (experts), they are computed one by one. What is allocated
-    therefore never exceeds the result and one weight.
+    `dtype`, or transformers merges several into one (experts), they are computed one by one.
 
     Raises InputError for a folder that is missing, damaged or does not hold every weight of the model, and
     UnsupportedError for a type of model that transformers does not know or that is no causal language model.
