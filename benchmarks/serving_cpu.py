@@ -101,7 +101,7 @@ class StepLog:
 
 
 class Llmopt:
-    """`LLM.generate` over all requests at once."""
+    """The engine behind `LLM.generate`, given all requests at once."""
 
     def __init__(self, model: PreTrainedModel, work: Workload, max_num_seqs: int) -> None:
         longest = max(len(p) + n for p, n in zip(work.prompts, work.lengths, strict=True))
@@ -129,11 +129,10 @@ class Llmopt:
     def step_times(self, largest: int) -> dict[int, float]:
         """Tokens -> seconds of the compiled step alone: decodes at the workload's prompt length, then prompts."""
         program, most = self.core.program, self.core.scheduler.config.max_num_seqs
-        pages = -(-max(self._context + 1, largest) // program.block_size)
-        cache = program.new_cache(max(most * (-(-(self._context + 1) // program.block_size)), pages))
+        each = -(-(self._context + 1) // program.block_size)  # pages of a request
+        cache = program.new_cache(each * max(most, -(-largest // self._context)))
         for tensor in cache.tensors:
             tensor.zero_()
-        each = -(-(self._context + 1) // program.block_size)
         found: dict[int, float] = {}
         size = 1
         while size < 2 * largest:
@@ -253,9 +252,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--max-num-seqs", type=int, default=64)
     parser.add_argument("--one-at-a-time", type=int, default=4, help="how many requests `generate` runs")
-    parser.add_argument(
-        "--peers", nargs="+", choices=("generate_batch", "generate"), default=["generate_batch", "generate"]
-    )
+    parser.add_argument("--peers", nargs="+", choices=PEERS, default=list(PEERS))
     parser.add_argument("--out", type=Path, help="JSON file; a plot goes beside it")
     return parser.parse_args(arguments)
 

@@ -83,7 +83,7 @@ def _matches(curve: Node, known: list[_Activation]) -> Iterator[tuple[Node, Node
                 continue
             values = _values(end, x)
             for activation in known:
-                if values is not None and torch.allclose(values, activation[2], rtol=_TOLERANCE, atol=_TOLERANCE):
+                if torch.allclose(values, activation[2], rtol=_TOLERANCE, atol=_TOLERANCE):
                     yield end, x, activation
 
 
@@ -137,8 +137,8 @@ def _steps_from(x: Node, curve: Node) -> list[Node]:
     return holding
 
 
-def _values(end: Node, x: Node) -> Tensor | None:
-    """`end` as a function of `x` at the points, in float64; None where it is no function of `x` alone."""
+def _values(end: Node, x: Node) -> Tensor:
+    """`end`, which is a function of `x` alone, at the points, in float64."""
     known: dict[Node, Tensor] = {x: _POINTS}
 
     def value(node: Node) -> Tensor:

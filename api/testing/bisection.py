@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import logging
 import tempfile
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,6 +14,8 @@ import torch
 
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.options import Options
+
+logger = logging.getLogger(__name__)
 
 # A model of a hundred layers has some thousand rewrites; beyond this something else is wrong.
 MOST_REWRITES = 1 << 20
@@ -64,7 +67,8 @@ def bisect(check: Callable[[Options], Any], options: Mapping[str, Any] | Options
             log.unlink(missing_ok=True)
             try:
                 return check(Options.make(settings, fuel=fuel, rewrite_log=str(log))) is not False
-            except Exception:
+            except Exception as error:  # one way for a check to fail
+                logger.debug("the check raised with fuel %d: %s", fuel, error, exc_info=True)
                 return False
 
         return search(passes, log)

@@ -154,7 +154,8 @@ class _Failure:
         try:
             with torch.no_grad():
                 return bool(backend_accuracy_fails(_bare(gm), _clones(inputs), self.compiler, only_fwd=True))
-        except Exception:
+        except Exception as error:  # of the comparison: says nothing about the graph, and a smaller one may be invalid
+            log.warning("the results of a graph of %d nodes could not be compared: %s", len(gm.graph.nodes), error)
             return False
 
 

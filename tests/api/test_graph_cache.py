@@ -225,9 +225,10 @@ def test_a_damaged_entry_is_compiled_again(
     assert result.tolist() == [2.0] * 4
 
 
+@pytest.mark.parametrize("foreign", [[["os.system", 1]], [["float32", [3], "00000000"]]], ids=["call", "constant"])
 @pytest.mark.parametrize("path", [("program", "steps"), ("weights", "calls"), ("constants",), ("report", "passes")])
 def test_a_whole_entry_of_foreign_content_is_compiled_again(
-    path: tuple[str, ...], entries: Entries, caplog: pytest.LogCaptureFixture
+    path: tuple[str, ...], foreign: list[Any], entries: Entries, caplog: pytest.LogCaptureFixture
 ) -> None:
     run(_scaled(2.0), torch.ones(4))
     (entry,) = entries.files()
@@ -235,7 +236,7 @@ def test_a_whole_entry_of_foreign_content_is_compiled_again(
     place = data
     for name in path[:-1]:
         place = place[name]
-    place[path[-1]] = [["os.system", 1]]
+    place[path[-1]] = foreign
     object_cache.write(entry.name, json.dumps(data).encode())
     with caplog.at_level(logging.WARNING):
         _, (graph,) = run(_scaled(2.0), torch.ones(4))
