@@ -10,22 +10,11 @@ import typer
 
 from llmopt.commands.common import (
     AsJson,
-    BatchInvariant,
-    BlockSize,
-    Dtype,
-    EnablePrefixCaching,
-    GpuMemoryUtilization,
-    KvCacheDtype,
-    KvCacheMemoryBytes,
-    MaxModelLen,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
     Model,
-    Threads,
     check_for_program,
-    given,
     progress,
 )
+from llmopt.commands.engine_options import takes_engine_options
 from llmopt.compiler.errors import OptionError
 
 if TYPE_CHECKING:
@@ -52,6 +41,7 @@ _THROUGHPUT_INPUT, _THROUGHPUT_OUTPUT, _NUM_PROMPTS = "512", "128", 64
   llmopt bench throughput ./model --input-len 1:300 --output-len 16:64 --plot run.png
   llmopt bench throughput model.engine --dataset prompts.jsonl --json"""
 )
+@takes_engine_options()
 def throughput(
     model: Model,
     num_prompts: Annotated[
@@ -67,17 +57,8 @@ def throughput(
     ] = None,
     seed: _Seed = 0,
     plot: _Plot = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    max_model_len: MaxModelLen = None,
-    block_size: BlockSize = None,
-    kv_cache_dtype: KvCacheDtype = None,
-    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_num_batched_tokens: MaxNumBatchedTokens = None,
-    enable_prefix_caching: EnablePrefixCaching = None,
-    batch_invariant: BatchInvariant = None,
+    *,
+    engine: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Requests and tokens per second over many prompts at once.
@@ -97,21 +78,7 @@ def throughput(
     work: list[Work] = []
     if dataset is not None:
         work = workload.work_from_file(dataset, num_prompts, outputs, seed)
-    options = given(
-        dtype=dtype,
-        threads=threads,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=enable_prefix_caching,
-        batch_invariant=batch_invariant,
-        max_num_queued=0,
-    )
-    llm = _load(model, options)
+    llm = _load(model, engine)
     if not work:
         _check_lengths(llm, inputs.most, outputs.most)
         work = workload.random_work(num_prompts or _NUM_PROMPTS, inputs, outputs, llm.vocab_size, seed)
@@ -144,6 +111,7 @@ def throughput(
   llmopt bench latency ./model --batch-size 1 --input-len 512 --output-len 64
   llmopt bench latency ./model --batch-size 8 --num-iters 10 --plot latency.png"""
 )
+@takes_engine_options()
 def latency(
     model: Model,
     batch_size: Annotated[int, typer.Option(help="Requests that run together.")] = 8,
@@ -153,17 +121,8 @@ def latency(
     num_iters: Annotated[int, typer.Option(help="Runs that are.")] = 10,
     seed: _Seed = 0,
     plot: _Plot = None,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    max_model_len: MaxModelLen = None,
-    block_size: BlockSize = None,
-    kv_cache_dtype: KvCacheDtype = None,
-    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_num_batched_tokens: MaxNumBatchedTokens = None,
-    enable_prefix_caching: EnablePrefixCaching = None,
-    batch_invariant: BatchInvariant = None,
+    *,
+    engine: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """How long a batch takes: until its first tokens, for each later one, and for each step.
@@ -183,24 +142,10 @@ def latency(
     inputs, outputs = (
         workload.Lengths.parse(name, text) for name, text in (("input_len", input_len), ("output_len", output_len))
     )
-    if max_num_seqs is not None and max_num_seqs < batch_size:
-        raise OptionError("max_num_seqs", max_num_seqs, f"at least --batch-size {batch_size}")
+    if engine.setdefault("max_num_seqs", batch_size) < batch_size:
+        raise OptionError("max_num_seqs", engine["max_num_seqs"], f"at least --batch-size {batch_size}")
     measuring.check_plot(plot)
-    options = given(
-        dtype=dtype,
-        threads=threads,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs or batch_size,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=enable_prefix_caching,
-        batch_invariant=batch_invariant,
-        max_num_queued=0,
-    )
-    llm = _load(model, options)
+    llm = _load(model, engine)
     _check_lengths(llm, inputs.most, outputs.most)
     found = measuring.Latency()
     with _bar(num_iters_warmup + num_iters, "runs") as bar:
@@ -228,12 +173,12 @@ def latency(
         )
 
 
-def _load(model: str, options: dict[str, Any]) -> LLM:
-    check_for_program(model, options)
+def _load(model: str, engine: dict[str, Any]) -> LLM:
+    check_for_program(model, engine)
     with progress("loading and compiling"):
         import llmopt
 
-        llm = llmopt.LLM(model, **options)
+        llm = llmopt.LLM(model, **engine, max_num_queued=0)
         llm._engine_core()
     return llm
 

@@ -13,39 +13,6 @@ from rich.console import Console
 from llmopt.compiler.errors import OptionError
 
 Model = Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder, or a program file.")]
-Dtype = Annotated[
-    str | None,
-    typer.Option(help="auto, float32, bfloat16 or float16; auto keeps the model's own [auto]."),
-]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; 0 is PyTorch's number [0].")]
-MaxModelLen = Annotated[
-    int | None, typer.Option(help="Longest sequence, prompt included; 0 is the model's own limit [0].")
-]
-BlockSize = Annotated[int | None, typer.Option(help="Tokens in one page of the KV cache [16].")]
-KvCacheDtype = Annotated[
-    str | None, typer.Option(help="How the KV cache stores keys and values: auto, fp8, int8 or int4 [auto].")
-]
-KvCacheMemoryBytes = Annotated[
-    int | None, typer.Option(help="Memory of the KV cache; 0 leaves it to the fraction that follows [0].")
-]
-GpuMemoryUtilization = Annotated[
-    float | None, typer.Option(help="Fraction of the available memory that the KV cache may take [0.5].")
-]
-MaxNumSeqs = Annotated[int | None, typer.Option(help="Requests that are decoded together [16].")]
-MaxNumBatchedTokens = Annotated[
-    int | None, typer.Option(help="Most tokens of one step; longer prompts take several [2048].")
-]
-EnablePrefixCaching = Annotated[
-    bool | None,
-    typer.Option(
-        "--enable-prefix-caching/--no-enable-prefix-caching",
-        help="Prompts that begin alike share what they have in common [True].",
-    ),
-]
-BatchInvariant = Annotated[
-    bool | None,
-    typer.Option("--batch-invariant", help="The same text alone and in any batch; prompts take longer [False]."),
-]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 

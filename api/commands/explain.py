@@ -13,15 +13,12 @@ from rich.console import Console
 
 from llmopt.commands.common import (
     AsJson,
-    BlockSize,
-    Dtype,
     Model,
-    Threads,
     check_for_program,
-    given,
     is_program,
     progress,
 )
+from llmopt.commands.engine_options import takes_engine_options
 from llmopt.compiler.errors import OptionError
 
 if TYPE_CHECKING:
@@ -39,6 +36,7 @@ EPILOG = """Examples:
   llmopt explain model.engine"""
 
 
+@takes_engine_options("dtype", "threads", "block_size")
 def explain(
     model: Model,
     html: Annotated[
@@ -60,9 +58,8 @@ def explain(
     ] = False,
     kernels: Annotated[bool, typer.Option("--kernels", help="Print the C++ source of every kernel.")] = False,
     graph: Annotated[bool, typer.Option("--graph", help="Print the graph after all passes.")] = False,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    block_size: BlockSize = None,
+    *,
+    engine: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Say what llmopt makes of a model.
@@ -71,8 +68,7 @@ def explain(
     operations and bytes, temporary memory, and fallbacks to ATen with their reasons. For a program file: its inputs,
     kernels and schedule. Tables on a terminal, plain columns in a pipe.
     """
-    options = given(dtype=dtype, threads=threads, block_size=block_size)
-    check_for_program(model, options)
+    check_for_program(model, engine)
     sizes = parse_sizes(at) if at is not None else {}
     if is_program(model):
         if graph or verify:
@@ -82,11 +78,11 @@ def explain(
             _explain_program(model, kernels, as_json)
             return
     if verify:
-        options["verify"] = "revert"
+        engine["verify"] = "revert"
     with progress("loading, compiling and measuring" if measure else "loading and compiling"):
         import llmopt
 
-        report = llmopt.explain(Path(model), sizes=sizes, measure=measure, html=html, options=options)
+        report = llmopt.explain(Path(model), sizes=sizes, measure=measure, html=html, options=engine)
     if as_json:
         typer.echo(json.dumps(_slim(report, graph, kernels), indent=2, default=str))
         return

@@ -3,21 +3,16 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
 import llmopt
 from llmopt.commands.common import (
-    BatchInvariant,
-    BlockSize,
-    Dtype,
-    KvCacheDtype,
-    MaxModelLen,
-    given,
     is_program,
     progress,
 )
+from llmopt.commands.engine_options import takes_engine_options
 from llmopt.compiler.errors import InputError
 
 EPILOG = """Examples:
@@ -27,14 +22,12 @@ EPILOG = """Examples:
   llmopt generate model.engine "import os" """
 
 
+@takes_engine_options("dtype", "max_model_len", "block_size", "kv_cache_dtype", "batch_invariant")
 def export(
     model: Annotated[str, typer.Argument(metavar="MODEL", help="A Hugging Face folder.")],
     out: Annotated[Path, typer.Argument(metavar="OUT", help="The file to write; an existing one is replaced.")],
-    dtype: Dtype = None,
-    max_model_len: MaxModelLen = None,
-    block_size: BlockSize = None,
-    kv_cache_dtype: KvCacheDtype = None,
-    batch_invariant: BatchInvariant = None,
+    *,
+    engine: dict[str, Any],
 ) -> None:
     """Compile a model and write program, weights and tokenizer to one file.
 
@@ -45,12 +38,5 @@ def export(
     if is_program(model):
         raise InputError(f"{model} is a program file already")
     with progress("loading and compiling"):
-        options = given(
-            dtype=dtype,
-            max_model_len=max_model_len,
-            block_size=block_size,
-            kv_cache_dtype=kv_cache_dtype,
-            batch_invariant=batch_invariant,
-        )
-        llmopt.export(model, out, **options)
+        llmopt.export(model, out, **engine)
     typer.echo(f"{out}: {out.stat().st_size / 1e6:.1f} MB")

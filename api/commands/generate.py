@@ -13,24 +13,14 @@ import typer
 import llmopt
 from llmopt.commands.common import (
     AsJson,
-    BatchInvariant,
-    BlockSize,
-    Dtype,
-    EnablePrefixCaching,
-    GpuMemoryUtilization,
-    KvCacheDtype,
-    KvCacheMemoryBytes,
-    MaxModelLen,
-    MaxNumBatchedTokens,
-    MaxNumSeqs,
     Model,
-    Threads,
     check_for_program,
     complain,
     given,
     is_program,
     progress,
 )
+from llmopt.commands.engine_options import takes_engine_options
 from llmopt.compiler.errors import InputError
 
 if TYPE_CHECKING:
@@ -49,6 +39,7 @@ EPILOG = """Examples:
   llmopt generate ./model "A person:" --json-schema person.json --max-tokens 200"""
 
 
+@takes_engine_options()
 def generate(
     model: Model,
     prompts: Annotated[list[str] | None, typer.Argument(metavar="PROMPT", help="Texts to continue.")] = None,
@@ -110,17 +101,8 @@ def generate(
     ] = None,
     max_lora_rank: Annotated[int | None, typer.Option(help="With --lora: largest rank there is room for [16].")] = None,
     stream: Annotated[bool, typer.Option("--stream", help="Print text as it is generated.")] = False,
-    dtype: Dtype = None,
-    threads: Threads = None,
-    max_model_len: MaxModelLen = None,
-    block_size: BlockSize = None,
-    kv_cache_dtype: KvCacheDtype = None,
-    kv_cache_memory_bytes: KvCacheMemoryBytes = None,
-    gpu_memory_utilization: GpuMemoryUtilization = None,
-    max_num_seqs: MaxNumSeqs = None,
-    max_num_batched_tokens: MaxNumBatchedTokens = None,
-    enable_prefix_caching: EnablePrefixCaching = None,
-    batch_invariant: BatchInvariant = None,
+    *,
+    engine: dict[str, Any],
     as_json: AsJson = False,
 ) -> None:
     """Continue one or more prompts.
@@ -136,20 +118,8 @@ def generate(
         raise InputError(f"--stream prints one continuation, got {count}; --stream --json tells them apart")
     if logprobs is not None and (not as_json or stream):
         raise InputError(f"--logprobs {logprobs} is for --json without --stream, where they are printed")
-    options = given(
-        dtype=dtype,
-        threads=threads,
-        max_model_len=max_model_len,
-        block_size=block_size,
-        kv_cache_dtype=kv_cache_dtype,
-        kv_cache_memory_bytes=kv_cache_memory_bytes,
-        gpu_memory_utilization=gpu_memory_utilization,
-        max_num_seqs=max_num_seqs,
-        max_num_batched_tokens=max_num_batched_tokens,
-        enable_prefix_caching=enable_prefix_caching,
-        batch_invariant=batch_invariant,
-        max_lora_rank=max_lora_rank,
-        enable_lora=True if lora is not None and not is_program(model) else None,
+    options = engine | given(
+        max_lora_rank=max_lora_rank, enable_lora=True if lora is not None and not is_program(model) else None
     )
     check_for_program(model, options)
     adapter = llmopt.LoRARequest(Path(lora).name or lora, lora) if lora is not None else None
