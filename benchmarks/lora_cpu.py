@@ -11,48 +11,18 @@ Random weights in the shape of Llama-3.2-1B, with a vocabulary of 32000; adapter
 from __future__ import annotations
 
 import argparse
-from collections.abc import Sequence
 from pathlib import Path
 
 import torch
-from harness import Contestant, conditions, print_table, run_rounds, save
+from engine_rounds import Rounds, build_model, engine_contestant
+from harness import conditions, print_table, run_rounds, save
 from probe import Probe
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from llmopt import SamplingParams
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.compiler.step import LoraSpec
 from llmopt.engine import ModelEngine
 from llmopt.runtime.adapters import Adapter, AdapterPart
-from llmopt.runtime.engine_core import EngineCore
-
-
-def build_model(layers: int, hidden: int, dtype: torch.dtype) -> LlamaForCausalLM:
-    """A Llama with random weights."""
-    config = LlamaConfig(
-        vocab_size=32000,
-        hidden_size=hidden,
-        intermediate_size=4 * hidden,
-        num_hidden_layers=layers,
-        num_attention_heads=hidden // 64,
-        num_key_value_heads=max(1, hidden // 256),
-        head_dim=64,
-        max_position_embeddings=4096,
-        bos_token_id=None,
-        eos_token_id=None,
-        pad_token_id=None,
-    )
-    with torch.device("meta"):
-        model = LlamaForCausalLM(config).to(dtype)
-    model.to_empty(device="cpu")
-    model.model.rotary_emb = type(model.model.rotary_emb)(config)
-    # Drawing every weight by itself would take minutes.
-    some = (torch.randn(1 << 20, generator=torch.Generator().manual_seed(0)) * 0.02).to(dtype)
-    for parameter in model.parameters():
-        count = parameter.numel()
-        parameter.data.view(-1).copy_(some.repeat(-(-count // len(some)))[:count])
-    return model.eval()
 
 
 def random_adapter(spec: LoraSpec, rank: int, number: int) -> Adapter:
@@ -65,37 +35,6 @@ def random_adapter(spec: LoraSpec, rank: int, number: int) -> Adapter:
             b = torch.randn(rank, target.out_features, generator=generator) * 0.01
             parts[index] = AdapterPart(a.to(spec.dtype), b.to(spec.dtype), 1.0)
     return Adapter(f"adapter {number}", parts)
-
-
-def contestant(
-    name: str, engine: ModelEngine, adapters: Sequence[Adapter], options: argparse.Namespace, limits: Options
-) -> Contestant:
-    """Some steps of a batch that goes on decoding, with `adapters` in turn, and one prompt with the first of them."""
-
-    def core() -> EngineCore:
-        return EngineCore(engine.program(), engine.info, limits, engine.max_model_len)
-
-    def used(number: int) -> Adapter | None:
-        return adapters[number % len(adapters)] if adapters else None
-
-    decoding, filling = core(), core()
-    params = SamplingParams(temperature=0.0, max_tokens=(options.rounds + 1) * options.steps + 2)
-    for number in range(options.batch):
-        decoding.add_request([number + 1] * options.context, params, adapter=used(number))
-    decoding.step()
-
-    def decode() -> int:
-        for _ in range(options.steps):
-            decoding.step()
-        return options.batch * options.steps
-
-    def prefill() -> int:
-        filling.add_request([1] * options.prompt, SamplingParams(temperature=0.0, max_tokens=1), adapter=used(0))
-        while filling.has_unfinished:
-            filling.step()
-        return options.prompt
-
-    return Contestant(name, {"decode": decode, "prefill": prefill})
 
 
 def main() -> None:
@@ -131,9 +70,10 @@ def main() -> None:
     spec = on.program().adapters.spec  # type: ignore[union-attr]
     adapters = [random_adapter(spec, options.rank, number) for number in range(options.batch)]
     counts = (0, 1, options.batch // 2, options.batch)
+    rounds = Rounds(options.batch, options.steps, options.context, options.prompt, options.rounds)
     contestants = [
-        contestant("off", off, [], options, limits),
-        *(contestant(f"{count} adapters", on, adapters[:count], options, limits) for count in counts),
+        engine_contestant("off", off, limits, rounds),
+        *(engine_contestant(f"{count} adapters", on, limits, rounds, adapters[:count]) for count in counts),
     ]
     names = ("batch", "steps", "context", "prompt", "rank", "layers", "hidden", "dtype", "threads")
     setting = conditions(**{name: getattr(options, name) for name in names})
