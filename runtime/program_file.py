@@ -27,7 +27,7 @@ from llmopt.compiler.step import CacheSpec, LoraSpec, LoraTarget
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
-VERSION = 3
+VERSION = 4
 # Entries of the safetensors metadata: the description, and the digest that tells damage from design.
 DESCRIPTION, CHECKSUM = "llmopt", "llmopt.sha256"
 

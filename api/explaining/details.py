@@ -132,7 +132,11 @@ def _graph_symbols(graph: fx.Graph, program: Program) -> tuple[dict[str, sympy.S
 
 def _calls(program: Program, lowered: Lowered) -> list[CallReport]:
     """One entry for each step of the program; several steps of one node share its cost."""
-    loops = {tuple(group.nodes): group for group in lowered.selection.loops}
+    fused = {tuple(group.nodes): (group.inputs, group.outputs) for group in lowered.selection.loops}
+    for item in lowered.selection.epilogues:
+        inputs = dict.fromkeys((*item.product.all_input_nodes, *item.loop.inputs))
+        del inputs[item.product]
+        fused[item.nodes] = (tuple(inputs), item.loop.outputs)
     found: list[CallReport] = []
     position = 0
     while position < len(program.steps):
@@ -140,9 +144,9 @@ def _calls(program: Program, lowered: Lowered) -> list[CallReport]:
         count = 1
         while position + count < len(program.steps) and lowered.nodes[position + count] is nodes:
             count += 1
-        group = loops.get(tuple(nodes))
-        if group is not None:
-            costs = [group_cost(nodes, group.inputs, group.outputs)]
+        ends = fused.get(tuple(nodes))
+        if ends is not None:
+            costs = [group_cost(nodes, *ends)]
         else:
             # Several nodes and as many calls: one each, such as a product and what adapters add to it.
             costs = [node_costs(node)[0] for node in nodes] if len(nodes) == count else node_costs(nodes[0], count)

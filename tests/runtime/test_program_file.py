@@ -191,7 +191,7 @@ def _set(*path: Any) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_set("version", 1), r"format version 1, this llmopt reads 3: export it again"),
+        (_set("version", 1), r"format version 1, this llmopt reads 4: export it again"),
         (_set("version", True), "format version"),
         (_set("format", "other"), "holds no llmopt program"),
         (lambda data: "[]", "holds no llmopt program"),
