@@ -14,6 +14,7 @@ from llmopt.huggingface import load_model, load_tokenizer
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.program_file import LoadedProgram, load_program, save_program
 from llmopt.runtime.sampling import SamplingParams
+from llmopt.runtime.step_program import StepProgram
 from llmopt.runtime.text import TextCodec
 
 if TYPE_CHECKING:
@@ -110,4 +111,13 @@ class ServedModel:
             max_model_len=self._engine.max_model_len,
             eos_token_ids=info.eos_token_ids,
             tokenizer=self.codec.to_json() if self.codec is not None else None,
+            costs=self._costs(program),
         )
+
+    def _costs(self, program: StepProgram) -> list[Any] | None:
+        """What the steps of the program cost, as a program file keeps it."""
+        from llmopt.explaining.details import kept_costs
+
+        graphs = (graph for graph in self.report.graphs if graph.program is not None and graph.program() is program)
+        details = next((graph.details for graph in graphs), None)
+        return kept_costs(program.program, details) if details is not None else None

@@ -17,11 +17,19 @@ from llmopt.codegen.loops.ir import LoopKernel
 
 @dataclass(frozen=True)
 class KernelSpec:
-    """One kernel: a template of the program's target with its arguments, or (template "loop") a fused loop."""
+    """One kernel: a template of the program's target with its arguments, or (template "loop") a fused loop.
+
+    With another template `loop` is what follows on its results before they are stored (`loops/epilogue.py`).
+    """
 
     template: str
     arguments: tuple[str, ...] = ()
     loop: LoopKernel | None = None
+
+    @property
+    def product(self) -> KernelSpec | None:
+        """The kernel behind an epilogue, None where there is no epilogue."""
+        return None if self.loop is None or self.template == "loop" else KernelSpec(self.template, self.arguments)
 
 
 @dataclass(frozen=True)

@@ -8,8 +8,10 @@ from typing import Any
 import torch
 
 from llmopt.codegen import index
-from llmopt.codegen.cpu.templates import ARGUMENT_TOKENS, HEADERS, REGISTERED_SOURCES
+from llmopt.codegen.cpu.templates import ARGUMENT_TOKENS, EPILOGUES, FLOATS, HEADERS, REGISTERED_SOURCES
 from llmopt.codegen.loops import serialize
+from llmopt.codegen.loops.emit import DTYPE_NAMES
+from llmopt.codegen.loops.epilogue import check_epilogue
 from llmopt.codegen.program import KernelCall, KernelSpec, Operand, Program, Size, SymbolSource, Value, View
 from llmopt.compiler.errors import ProgramFileError, UnsupportedError
 
@@ -20,6 +22,8 @@ _DTYPES = {
         *(torch.int8, torch.uint8, torch.bool),
     )
 }
+# What a product's argument says of its results.
+_STORED = {token: DTYPE_NAMES[dtype] for dtype, token in FLOATS.items()}
 _KINDS = frozenset({"input", "weight", "arena", "output"})
 _LIMIT = 1 << 20  # entries of any list in a program
 
@@ -180,7 +184,13 @@ def _kernel(row: list[Any]) -> KernelSpec:
         raise ProgramFileError(f"unknown kernel template {str(template)[:40]!r}")
     if not isinstance(arguments, list) or not all(isinstance(a, str) and a in ARGUMENT_TOKENS for a in arguments):
         raise ProgramFileError(f"unknown arguments of kernel template {template}")
-    return KernelSpec(template, tuple(arguments))
+    if loop is None:
+        return KernelSpec(template, tuple(arguments))
+    if template not in EPILOGUES or len(arguments) != 1:
+        raise ProgramFileError(f"kernel template {template} has no epilogue")
+    epilogue = serialize.kernel_from_json(loop)
+    check_epilogue(epilogue, _STORED.get(arguments[0]))
+    return KernelSpec(template, tuple(arguments), epilogue)
 
 
 def _operand(reader: _Reader, data: Any, count: int) -> Operand:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +12,7 @@ from torch import fx
 from torch.fx.node import Node
 
 from llmopt.codegen.cpu.templates import PlannedCall
+from llmopt.codegen.epilogues import Attached, plan_epilogues
 from llmopt.codegen.loops.group import LoopGroup, plan_loops
 from llmopt.codegen.target import plan_template
 from llmopt.compiler.graph import VIEW_OPS, is_op, is_tensor, outputs, placeholders, tensor, to_expr, view_base
@@ -25,6 +27,7 @@ class Selection:
     templates: the kernel calls of each node that a template takes.
     absorbed: nodes that a template computes on the way to another node's value.
     loops: fused loops over the remaining nodes.
+    epilogues: loops that a template's call computes together with the product before them.
     fallbacks: nodes left to ATen, with the reason.
     rejected: why a template did not take a node that something else computes now.
     """
@@ -33,6 +36,7 @@ class Selection:
     templates: dict[Node, list[PlannedCall]] = field(default_factory=dict)
     absorbed: set[Node] = field(default_factory=set)
     loops: list[LoopGroup] = field(default_factory=list)
+    epilogues: list[Attached] = field(default_factory=list)
     fallbacks: dict[Node, str] = field(default_factory=dict)
     rejected: dict[Node, str] = field(default_factory=dict)
 
@@ -97,13 +101,23 @@ def select_kernels(graph: fx.Graph) -> Selection:
     computed = selection.templates.keys() | selection.absorbed | selection.constants
     results = [n for n in outputs(graph) if isinstance(n, Node)]
     loops = plan_loops(graph, computed.__contains__, results)
-    selection.loops = list(loops.groups)
     for node, reason in loops.rejected.items():
         if is_tensor(node) or isinstance(node.meta.get("val"), list | tuple):
             selection.fallbacks[node] = unplanned.get(node, reason)
     selection.rejected = {n: r for n, r in unplanned.items() if n not in selection.fallbacks}
+    _attach_epilogues(graph, selection, loops.groups)
     check_bindings(graph, selection.constants, selection.bindings())
     return selection
+
+
+def _attach_epilogues(graph: fx.Graph, selection: Selection, loops: Sequence[LoopGroup]) -> None:
+    plan = plan_epilogues(graph, selection.templates, loops, selection.fallbacks)
+    for item in plan.attached:
+        del selection.templates[item.product]
+        selection.templates[item.loop.nodes[-1]] = [item.call]
+        selection.absorbed.update(item.call.absorbs)
+    selection.loops, selection.epilogues = plan.loops, plan.attached
+    selection.rejected.update(plan.rejected)
 
 
 def is_size(node: Any) -> bool:

@@ -14,18 +14,28 @@ from llmopt.compiler.pass_manager import PassReport
 
 @dataclass(frozen=True)
 class KernelUse:
-    """One kernel of a program: what it computes, how often it is called, and its source."""
+    """One kernel of a program: what it computes, how often it is called, and its source.
+
+    epilogue: the loop that a template computes on its results, "" for none.
+    """
 
     template: str
     arguments: str
     origin: str
     calls: int
     source: str
+    epilogue: str = ""
+
+    @property
+    def title(self) -> str:
+        """The template and its epilogue."""
+        return f"{self.template} + {self.epilogue}" if self.epilogue else self.template
 
     @property
     def name(self) -> str:
-        """The template with its arguments."""
-        return f"{self.template}<{self.arguments}>" if self.arguments else self.template
+        """The template with its arguments, and its epilogue."""
+        name = f"{self.template}<{self.arguments}>" if self.arguments else self.template
+        return f"{name} + {self.epilogue}" if self.epilogue else name
 
 
 @dataclass(frozen=True)

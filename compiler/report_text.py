@@ -71,7 +71,7 @@ def graph_text(number: int, graph: GraphReport) -> str:
         lines += _columns(list(states)) if states else ["  none"]
     lines.append(f"kernels ({sum(k.calls for k in graph.kernels)} calls in {graph.native_calls} native calls)")
     lines += _columns(
-        [(k.template, k.arguments, f"{k.calls} x", k.origin) for k in graph.kernels] or [("none", "", "", "")]
+        [(k.title, k.arguments, f"{k.calls} x", k.origin) for k in graph.kernels] or [("none", "", "", "")]
     )
     lines.append("fallbacks to ATen")
     counted = Counter((f.op, f.reason, f.location or "") for f in graph.fallbacks)

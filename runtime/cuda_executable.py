@@ -116,9 +116,10 @@ class CudaExecutable(Executable):
         spec = self.program.kernels[call.kernel]
         tensors = [None if t is None else self._operand(t, sizes) for t in call.tensors]
         ints = [evaluate(i, sizes) for i in call.ints]
-        if spec.loop is not None:
+        if spec.loop is not None and spec.product is None:
             return loop_launches(spec.loop, [t for t in tensors if t is not None], ints, self.status)
-        return launches(spec.template, spec.arguments, tensors, ints, call.floats, self.status, self.properties)
+        place = (self.status, self.properties, spec.loop)
+        return launches(spec.template, spec.arguments, tensors, ints, call.floats, *place)
 
     def _operand(self, operand: Operand, sizes: Mapping[str, int]) -> Tensor:
         """A flat tensor that begins with the operand's first element and ends where the memory behind it ends.

@@ -17,8 +17,10 @@ from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
 from llmopt.codegen.index import Index, add, evaluate, to_postfix
 from llmopt.codegen.loops.print_cpp import print_kernel
+from llmopt.codegen.loops.print_epilogue import print_epilogue
 from llmopt.codegen.loops.print_triton import print_triton
 from llmopt.codegen.program import AtenCall, KernelCall, KernelSpec, Program, Size, View
+from llmopt.codegen.triton.epilogue import print_triton_epilogue
 from llmopt.codegen.triton.templates import template_source
 from llmopt.compiler.errors import InputError
 
@@ -40,7 +42,8 @@ def kernel_entry(spec: KernelSpec) -> str:
 def kernel_name(spec: KernelSpec) -> str:
     """A kernel's template with its arguments, for people."""
     arguments = ", ".join(spec.arguments).replace("llmopt::", "")
-    return f"{spec.template}<{arguments}>" if arguments else spec.template
+    name = f"{spec.template}<{arguments}>" if arguments else spec.template
+    return f"{name} + {spec.loop.name}" if spec.loop is not None and spec.product is not None else name
 
 
 def kernel_source(spec: KernelSpec, batch_invariant: bool = False, target: str = "cpu") -> str:
@@ -49,8 +52,12 @@ def kernel_source(spec: KernelSpec, batch_invariant: bool = False, target: str =
     For `batch_invariant` see `Program.batch_invariant`.
     """
     if target == "cuda":
-        return print_triton(spec.loop) if spec.loop is not None else template_source(spec.template)
+        if spec.loop is None:
+            return template_source(spec.template)
+        return print_triton(spec.loop) if spec.product is None else print_triton_epilogue(spec.loop)
     if spec.loop is not None:
+        if spec.product is not None:
+            return print_epilogue(spec.loop, kernel_entry(spec), kernel_entry(spec.product))
         return print_kernel(spec.loop, kernel_entry(spec))
     return source_of(spec, kernel_entry(spec), batch_invariant)
 
@@ -110,7 +117,9 @@ class Executable:
     def _build(self) -> list[Any]:
         """Neighbouring kernel calls become one native call."""
         program = self.program
-        sources = [kernel_source(spec, program.batch_invariant) for spec in program.kernels]
+        # An epilogue calls its product, which need not be called by itself.
+        wanted = dict.fromkeys(s for spec in program.kernels for s in (spec, spec.product) if s is not None)
+        sources = [kernel_source(spec, program.batch_invariant) for spec in wanted]
         library = build_library(sources) if sources else None
         entries = [kernel_entry(spec) for spec in program.kernels]
         steps: list[Any] = []

@@ -20,6 +20,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer
 
 from llmopt.codegen import program_json
+from llmopt.codegen.index import Index
+from llmopt.codegen.step_costs import costs_from_json
 from llmopt.compiler.errors import InputError, ProgramFileError
 from llmopt.compiler.kv_formats import KV_CACHE_DTYPES
 from llmopt.compiler.options import MAX_LORAS
@@ -27,20 +29,24 @@ from llmopt.compiler.step import CacheSpec, LoraSpec, LoraTarget
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
-VERSION = 3
+VERSION = 4
 # Entries of the safetensors metadata: the description, and the digest that tells damage from design.
 DESCRIPTION, CHECKSUM = "llmopt", "llmopt.sha256"
 
 
 @dataclass(frozen=True)
 class LoadedProgram:
-    """A step program from a file, bound to its weights, and what is needed to generate with it."""
+    """A step program from a file, bound to its weights, and what is needed to generate with it.
+
+    costs: what each step costs, for reports (`codegen/step_costs.py`); None in a file without.
+    """
 
     program: StepProgram
     vocab_size: int
     max_model_len: int
     eos_token_ids: tuple[int, ...]
     tokenizer: Tokenizer | None
+    costs: list[tuple[Index, ...] | None] | None = None
 
 
 def save_program(
@@ -51,8 +57,11 @@ def save_program(
     max_model_len: int,
     eos_token_ids: Sequence[int],
     tokenizer: str | None,
+    costs: list[Any] | None = None,
 ) -> None:
     """Writes a bound step program. The file appears whole or not at all: it is written beside and renamed.
+
+    `costs`: what `costs_to_json` says of the program's steps.
 
     Raises UnsupportedError for a program with ATen fallbacks, OSError when the disk is full or not writable.
     """
@@ -75,6 +84,7 @@ def save_program(
         "eos_token_ids": list(eos_token_ids),
         "tokenizer": tokenizer,
         "lora": _lora_json(program.adapters.spec) if program.adapters is not None else None,
+        "costs": costs,
     }
     target = Path(path)
     temporary = target.with_name(f".{target.name}.{secrets.token_hex(8)}")
@@ -123,6 +133,7 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     except (SafetensorError, UnicodeDecodeError) as error:
         raise ProgramFileError(f"{path} is no valid safetensors file: {error}") from error
     program = program_json.from_json(data["program"])
+    costs = costs_from_json(data.get("costs"), program)
     caches, lora = _caches(data["caches"]), _lora(data.get("lora"))
     pools = [
         (value.dtype, value.sizes) for value in program.values if (value.kind, value.name) == ("input", "lora_pool")
@@ -138,7 +149,7 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     if not isinstance(eos, list) or not all(isinstance(t, int) for t in eos):
         raise ProgramFileError("eos_token_ids is no list of numbers")
     vocabulary, length = _positive(data, "vocab_size", 1 << 31), _positive(data, "max_model_len", 1 << 31)
-    return LoadedProgram(step, vocabulary, length, tuple(eos), _tokenizer(data["tokenizer"]))
+    return LoadedProgram(step, vocabulary, length, tuple(eos), _tokenizer(data["tokenizer"]), costs)
 
 
 def _digest(text: str) -> str:

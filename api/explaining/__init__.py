@@ -167,7 +167,7 @@ def _explain_file(path: Path, sizes: Mapping[str, int], measure: bool, options: 
     names = [program.values[value].name for value in program.inputs if value is not None]
     graph = GraphReport("program", names, kernels=kernel_uses(program))
     graph.native_calls = loaded.program.executable.num_kernel_runs
-    graph.make_details = lambda: program_details(program)
+    graph.make_details = lambda: program_details(program, loaded.costs)
     graph.program = lambda: loaded.program
     _measure_step(graph, sizes, loaded.vocab_size, measure)
     graph.program = None

@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import sympy
 import torch
 from torch import fx
 
-from llmopt.codegen.index import multiply, to_sympy
+from llmopt.codegen.index import Index, multiply, to_sympy
 from llmopt.codegen.lower import Lowered
 from llmopt.codegen.program import AtenCall, KernelCall, Program, View
+from llmopt.codegen.step_costs import CONTEXT as CONTEXT_NAME
+from llmopt.codegen.step_costs import costs_to_json
 from llmopt.compiler.attention_ops import CONTEXT
 from llmopt.compiler.costs import group_cost, node_costs
 from llmopt.compiler.graph import location, placeholders
@@ -26,7 +29,8 @@ _STEP_SIZES: dict[tuple[str, int], tuple[str, str, int]] = {
     ("logits_indices", 0): ("rows", "rows whose logits are wanted", 1),
 }
 _CACHE_PAGES = ("cache_pages", "pages of the KV cache", 64)
-_CONTEXT = ("context", "keys that a query sees, on average over the batch", 512)
+_CONTEXT = ("keys that a query sees, on average over the batch", 512)
+_CONTEXT_SYMBOL = sympy.Symbol(CONTEXT_NAME, integer=True, positive=True)
 
 _NOTHING = Cost(sympy.Integer(0), sympy.Integer(0), sympy.Integer(0))
 
@@ -100,11 +104,16 @@ def graph_details(graph: fx.Graph, lowered: Lowered, step: bool) -> Details:
         size = val if isinstance(val, torch.SymInt) else val.shape[source.dim]
         names[size.node.expr] = symbols[source.name]
     calls = _calls(program, lowered)
-    if any(CONTEXT in expression.free_symbols for call in calls for expression in vars(call.cost).values()):
-        names[CONTEXT] = sympy.Symbol(_CONTEXT[0], integer=True, positive=True)
-        meanings[_CONTEXT[0]], hints[_CONTEXT[0]] = _CONTEXT[1:]
+    names[CONTEXT] = _CONTEXT_SYMBOL
     calls = [CallReport(c.kernel, c.origin, c.location, c.cost.renamed(names)) for c in calls]
+    _add_context(calls, meanings, hints)
     return Details(meanings, hints, calls, to_sympy(program.arena_bytes, symbols), lifetimes(program, symbols))
+
+
+def _add_context(calls: Sequence[CallReport], meanings: dict[str, str], hints: dict[str, int]) -> None:
+    """Names the length that attention sees, where a cost depends on it."""
+    if any(_CONTEXT_SYMBOL in part.free_symbols for call in calls for part in vars(call.cost).values()):
+        meanings[CONTEXT_NAME], hints[CONTEXT_NAME] = _CONTEXT
 
 
 def _graph_symbols(graph: fx.Graph, program: Program) -> tuple[dict[str, sympy.Symbol], dict[str, str], dict[str, int]]:
@@ -132,7 +141,11 @@ def _graph_symbols(graph: fx.Graph, program: Program) -> tuple[dict[str, sympy.S
 
 def _calls(program: Program, lowered: Lowered) -> list[CallReport]:
     """One entry for each step of the program; several steps of one node share its cost."""
-    loops = {tuple(group.nodes): group for group in lowered.selection.loops}
+    fused = {tuple(group.nodes): (group.inputs, group.outputs) for group in lowered.selection.loops}
+    for item in lowered.selection.epilogues:
+        inputs = dict.fromkeys((*item.product.all_input_nodes, *item.loop.inputs))
+        del inputs[item.product]
+        fused[item.nodes] = (tuple(inputs), item.loop.outputs)
     found: list[CallReport] = []
     position = 0
     while position < len(program.steps):
@@ -140,9 +153,9 @@ def _calls(program: Program, lowered: Lowered) -> list[CallReport]:
         count = 1
         while position + count < len(program.steps) and lowered.nodes[position + count] is nodes:
             count += 1
-        group = loops.get(tuple(nodes))
-        if group is not None:
-            costs = [group_cost(nodes, group.inputs, group.outputs)]
+        ends = fused.get(tuple(nodes))
+        if ends is not None:
+            costs = [group_cost(nodes, *ends)]
         else:
             # Several nodes and as many calls: one each, such as a product and what adapters add to it.
             costs = [node_costs(node)[0] for node in nodes] if len(nodes) == count else node_costs(nodes[0], count)
@@ -159,8 +172,20 @@ def _call(step: KernelCall | AtenCall, nodes: Sequence[fx.Node], cost: Cost) -> 
     return CallReport(step.kernel, step.origin, where, cost)
 
 
-def program_details(program: Program) -> Details:
-    """The details of a step program without its graph, as read from a file: no costs."""
+def kept_costs(program: Program, details: Details) -> list[Any]:
+    """The costs of a step program's calls as its file keeps them."""
+    names = {symbol: name for name, symbol in program_symbols(program)[0].items()}
+    return costs_to_json([call.cost for call in details.calls], {**names, _CONTEXT_SYMBOL: CONTEXT_NAME})
+
+
+def program_details(program: Program, costs: Sequence[tuple[Index, ...] | None] | None) -> Details:
+    """The details of a step program without its graph, as read from a file; what it does not know costs nothing."""
     symbols, meanings, hints = program_symbols(program)
-    calls = [_call(step, [], _NOTHING) for step in program.steps]
+    known = {**symbols, CONTEXT_NAME: _CONTEXT_SYMBOL}
+    calls = []
+    for number, step in enumerate(program.steps):
+        parts = costs[number] if costs is not None else None
+        cost = Cost(*(to_sympy(part, known) for part in parts)) if parts is not None else _NOTHING
+        calls.append(_call(step, [], cost))
+    _add_context(calls, meanings, hints)
     return Details(meanings, hints, calls, to_sympy(program.arena_bytes, symbols), lifetimes(program, symbols))

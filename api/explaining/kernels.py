@@ -21,6 +21,7 @@ def kernel_uses(program: Program) -> list[KernelUse]:
             origin.get(number, ""),
             count[number],
             kernel_source(spec, program.batch_invariant, program.target),
+            spec.loop.name if spec.loop is not None and spec.product is not None else "",
         )
         for number, spec in enumerate(program.kernels)
     ]

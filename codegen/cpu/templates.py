@@ -50,6 +50,8 @@ HEADERS: dict[str, str] = {
     "cumsum": "scan.h",
     "index_copy": "index_copy.h",
 }
+# Templates that hand their results to an epilogue, if there is one (`Epilogue` of kernels/abi.h).
+EPILOGUES = frozenset({"linear"})
 # Template name -> C++ text, for kernels that users have registered (`registry.py`).
 REGISTERED_SOURCES: dict[str, str] = {}
 _NUMBERS = {**FLOATS, torch.int64: "std::int64_t", torch.int32: "std::int32_t", torch.bool: "bool"}
@@ -107,8 +109,8 @@ def _rows(node: Node) -> tuple[Expr, Expr] | str:
     return rows if rows is not None else f"rows of {list(tensor(node).shape)} are not evenly spaced"
 
 
-def plan_linear(node: Node, result: Node | None = None, act: str | None = None) -> Plan:
-    """llmopt::linear over weight segments; with `act`, its activation is what `result` receives."""
+def plan_linear(node: Node, result: Node | None = None) -> Plan:
+    """llmopt::linear over weight segments; `result` is where the product is written, when not to its own memory."""
     x, weights, biases = node.args
     out = node if result is None else result
     dtypes = {tensor(t).dtype for t in (x, *weights, *biases) if t is not None}
@@ -128,9 +130,8 @@ def plan_linear(node: Node, result: Node | None = None, act: str | None = None) 
     segments = [t for pair in zip(weights, biases, strict=True) for t in pair]
     sizes = [to_expr(tensor(w).shape[0]) for w in weights]
     ints = (source[0], to_expr(tensor(x).shape[-1]), source[1], target[1], len(sizes), *sizes)
-    kernel = KernelSpec("linear", (dtype,) if act is None else (dtype, dtype, _ACTIVATION[act]))
     absorbs = () if result is None else (node,)
-    return [PlannedCall(kernel, (x, out, *segments), ints, (), (out,), absorbs)]
+    return [PlannedCall(KernelSpec("linear", (dtype,)), (x, out, *segments), ints, (), (out,), absorbs)]
 
 
 def plan_lora(node: Node) -> Plan:
@@ -160,22 +161,6 @@ def plan_lora(node: Node) -> Plan:
             PlannedCall(KernelSpec("lora", (dtype,)), operands, (*shape, slots, slot_size, most, *numbers), (), (node,))
         )
     return calls
-
-
-def _activation(node: Node) -> str | None:
-    """The activation of the vocabulary that an ATen op computes."""
-    if node.target is aten.gelu.default:
-        return {"none": "gelu_erf", "tanh": "gelu_tanh"}.get(node.kwargs.get("approximate", "none"))
-    return {aten.silu.default: "silu", aten.relu.default: "relu"}.get(node.target)
-
-
-def plan_activation(node: Node) -> Plan | None:
-    """An activation as the epilogue of the product whose only user it is; None leaves it to a loop."""
-    product, act = node.args[0], _activation(node)
-    if act is None or product.target is not llmopt_ops.linear.default or len(product.users) != 1:
-        return None
-    plan = plan_linear(product, node, act)
-    return None if isinstance(plan, str) else plan
 
 
 def plan_batched_linear(node: Node) -> Plan:
@@ -551,9 +536,6 @@ PLANNERS: dict[Any, Callable[[Node], Plan | None]] = {
     llmopt_ops.gated_act.default: plan_gated_act,
     llmopt_ops.moe.default: plan_moe,
     llmopt_ops.lora.default: plan_lora,
-    aten.gelu.default: plan_activation,
-    aten.silu.default: plan_activation,
-    aten.relu.default: plan_activation,
     aten.embedding.default: plan_embedding,
     aten.index_select.default: plan_embedding,
     aten.topk.default: plan_topk,

@@ -103,7 +103,7 @@ class _NestPrinter:
             kind = const + STORAGE[kernel.buffers[buffer]]
             body.append(f"{kind}* __restrict__ b{buffer} = a.tensor<{kind}>({buffer});")
         body += self._rows()
-        return [f"void {name}(const Args& a, const Worker& w) {{", *_indent(body), "}"]
+        return [f"void {name}(const Args& a, const Worker& w) {{", *indent(body), "}"]
 
     @property
     def _shares_inner(self) -> bool:
@@ -115,7 +115,7 @@ class _NestPrinter:
         for n, accumulator in enumerate(self.nest.accumulators):
             inside.append(f"Accumulator<{_REDUCTION[accumulator.kind]}, {STORAGE[accumulator.dtype]}> acc{n};")
         for sweep in self.nest.sweeps:
-            inside += ["{", *_indent(_SweepPrinter(self.kernel, sweep, self._shares_inner).lines()), "}"]
+            inside += ["{", *indent(SweepPrinter(self.kernel, sweep, self._shares_inner).lines()), "}"]
         lines = [f"const std::int64_t m{d} = {to_cpp(size)};" for d, size in enumerate(sizes)]
         lines.append(f"const std::int64_t rows = {' * '.join(f'm{d}' for d in range(len(sizes))) or '1'};")
         if self._shares_inner:
@@ -129,9 +129,9 @@ class _NestPrinter:
         for d in reversed(range(len(sizes))):
             lines += [f"std::int64_t i{d} = rest % m{d};", f"rest /= m{d};"]
         lines.append("for (std::int64_t row = mine.begin; row < mine.end; ++row) {")
-        lines += _indent(inside)
+        lines += indent(inside)
         # The row's indices count like an odometer.
-        lines += _indent(_odometer(len(sizes)))
+        lines += indent(_odometer(len(sizes)))
         return [*lines, "}"]
 
 
@@ -139,11 +139,11 @@ def _odometer(rank: int) -> list[str]:
     lines: list[str] = []
     for d in range(rank):
         step = [f"if (++i{d} == m{d}) {{", f"  i{d} = 0;", "}"]
-        lines = [step[0], step[1], *_indent(lines), step[2]]
+        lines = [step[0], step[1], *indent(lines), step[2]]
     return lines
 
 
-class _SweepPrinter:
+class SweepPrinter:
     """The loops of one sweep over a row."""
 
     def __init__(self, kernel: LoopKernel, sweep: Sweep, shared: bool) -> None:
@@ -157,22 +157,28 @@ class _SweepPrinter:
         if self.inner is None:
             return self._statements(range(len(self.sweep.values)), "", final=True)
         sizes = self.sweep.sizes
-        invariant = [n for n, varies in enumerate(self.varies) if not varies]
         body = [
             f"const std::int64_t n = {to_cpp(sizes[-1])};",
             f"const Range part = few ? share(w, n, {_GRAIN}) : Range{{0, n}};"
             if self.shared
             else "const Range part{0, n};",
-            "if (part.begin < part.end) {",
-            *_indent(self._statements(invariant, "", final=False)),
-            *_indent(self._pointers()),
-            *_indent(self._block_copy() or (self._vector_loop() if self.vector else self._scalar_loop())),
-            "}",
+            *self.row(),
         ]
         for d in reversed(range(len(sizes) - 1)):
             head = f"for (std::int64_t j{d} = 0, e{d} = {to_cpp(sizes[d])}; j{d} < e{d}; ++j{d}) {{"
-            body = [head, *_indent(body), "}"]
+            body = [head, *indent(body), "}"]
         return body
+
+    def row(self) -> list[str]:
+        """The innermost loop over the range `part`."""
+        invariant = [n for n, varies in enumerate(self.varies) if not varies]
+        return [
+            "if (part.begin < part.end) {",
+            *indent(self._statements(invariant, "", final=False)),
+            *indent(self._pointers()),
+            *indent(self._block_copy() or (self._vector_loop() if self.vector else self._scalar_loop())),
+            "}",
+        ]
 
     # ---- analysis ----
 
@@ -256,7 +262,7 @@ class _SweepPrinter:
             f"const auto body = [&](auto zero, std::int64_t {j}, int bank) __attribute__((always_inline)) {{",
             "  using V = decltype(zero);",
             "  static_cast<void>(bank);",
-            *_indent(self._statements(varying, "V", final=True)),
+            *indent(self._statements(varying, "V", final=True)),
             "};",
             f"std::int64_t {j} = part.begin;",
         ]
@@ -277,7 +283,7 @@ class _SweepPrinter:
         loop = [f"for (std::int64_t {j} = part.begin; {j} < part.end; ++{j}) {{"]
         if not self.sweep.accumulates:
             loop.insert(0, "#pragma GCC ivdep")
-        return [*loop, *_indent(self._statements(varying, "", final=True)), "}"]
+        return [*loop, *indent(self._statements(varying, "", final=True)), "}"]
 
     def _statements(self, numbers: Iterable[int], lanes: str, final: bool) -> list[str]:
         """Definitions of the given values; with `final`, also what is done with them. `lanes` is the vector type."""
@@ -374,5 +380,6 @@ def _position(number: int, value: Position) -> list[str]:
     ]
 
 
-def _indent(lines: Iterable[str]) -> list[str]:
+def indent(lines: Iterable[str]) -> list[str]:
+    """The lines, two columns further right."""
     return [line if line.startswith("#") else f"  {line}" for line in lines]

@@ -31,7 +31,7 @@ from llmopt.codegen.loops.ir import (
     value_dtype,
 )
 
-_TYPES: dict[DType, str] = {
+TYPES: dict[DType, str] = {
     "float32": "tl.float32",
     "float64": "tl.float64",
     "bfloat16": "tl.bfloat16",
@@ -174,13 +174,13 @@ class _NestPrinter:
             else:
                 body += [f"m{d} = zx + {to_triton(nest.sizes[d])}", f"i{d} = rest % m{d}", f"rest = rest // m{d}"]
         for n, accumulator in enumerate(nest.accumulators):
-            kind = _TYPES[accumulator.dtype]
+            kind = TYPES[accumulator.dtype]
             body.append(f"acc{n} = tl.full([XBLOCK, RBLOCK], {_neutral(accumulator)}, {kind})")
         last = {a.local: i for i, sweep in enumerate(nest.sweeps) for a in sweep.accumulates}
         for i, sweep in enumerate(nest.sweeps):
-            body += _SweepPrinter(kernel, nest, sweep).lines()
+            body += SweepPrinter(kernel, nest, sweep).lines()
             body += [f"a{n} = {_reduced(nest.accumulators[n], n)}" for n in sorted(last) if last[n] == i]
-        return [*head, *_indent(body)]
+        return [*head, *indent(body)]
 
 
 def _neutral(accumulator: Accumulator) -> str:
@@ -198,7 +198,7 @@ def _reduced(accumulator: Accumulator, number: int) -> str:
     return f"f.row_{kind}(acc{number})"
 
 
-class _SweepPrinter:
+class SweepPrinter:
     """The statements of one sweep for all rows of a program."""
 
     def __init__(self, kernel: LoopKernel, nest: Nest, sweep: Sweep) -> None:
@@ -233,7 +233,7 @@ class _SweepPrinter:
         """Statements; the rows' indices are i0, i1, ..., finished accumulators a0, a1, ..."""
         sizes = self.sweep.sizes
         if not self.walks:
-            return self._statements()
+            return self.statements()
         lines = [f"n{d} = zx + {to_triton(size)}" for d, size in enumerate(sizes)]
         lines.append("length = zx + 1" + "".join(f" * n{d}" for d in range(len(sizes))) if sizes else "length = zx + 1")
         body = ["r = zr + start + tl.arange(0, RBLOCK).to(INDEX)[None, :]", "rm = xm & (r < length)"]
@@ -245,18 +245,19 @@ class _SweepPrinter:
                 # A row of an empty loop is masked, but must not divide by zero.
                 body += [f"d{d} = tl.maximum(n{d}, 1)", f"j{d} = {rest} % d{d}", f"q{d} = {rest} // d{d}"]
                 rest = f"q{d}"
-        body += self._statements()
-        return [*lines, "for start in range(0, tl.max(length), RBLOCK):", *_indent(body)]
+        body += self.statements()
+        return [*lines, "for start in range(0, tl.max(length), RBLOCK):", *indent(body)]
 
-    def _statements(self) -> list[str]:
+    def statements(self) -> list[str]:
+        """What is done at each position."""
         lines: list[str] = []
         for number, value in enumerate(self.sweep.values):
-            lines += self._value(number, value)
+            lines += self.value(number, value)
         for accumulate in self.sweep.accumulates:
             lines.append(self._accumulate(accumulate.local, accumulate.value))
         mask, shape = ("rm", "zr") if self.walks else ("xm", "zx")
         for store in self.sweep.stores:
-            kind = _TYPES[self.kernel.buffers[store.buffer]]
+            kind = TYPES[self.kernel.buffers[store.buffer]]
             text = f"v{store.value}"
             if store.value not in self.moved:
                 text += ".to(tl.int8)" if kind == "tl.int1" else f".to({kind})"
@@ -278,13 +279,14 @@ class _SweepPrinter:
         if accumulator.kind == "prod":
             return f"acc{local} *= {seen}"
         module = "f" if accumulator.dtype.startswith("float") else "tl"
-        seen = f"{seen}.to({_TYPES[accumulator.dtype]})"
+        seen = f"{seen}.to({TYPES[accumulator.dtype]})"
         return f"acc{local} = {module}.{accumulator.kind}imum(acc{local}, {seen})"
 
-    def _value(self, number: int, value: Value) -> list[str]:
+    def value(self, number: int, value: Value) -> list[str]:
+        """Statements that define value `number`."""
         name = f"v{number}"
         if isinstance(value, Constant):
-            return [f"{name} = tl.full([1, 1], {_literal(value)}, {_TYPES[value.dtype]})"]
+            return [f"{name} = tl.full([1, 1], {_literal(value)}, {TYPES[value.dtype]})"]
         if isinstance(value, IndexValue):
             return [f"{name} = (zx + {to_triton(value.index)}).to(tl.int64)"]
         if isinstance(value, Local):
@@ -312,7 +314,7 @@ class _SweepPrinter:
             return [f"{name} = {text} != 0"]
         if number in self.moved:
             return [f"{name} = {text}"]
-        return [f"{name} = {text}.to({_TYPES[value.dtype]})"]
+        return [f"{name} = {text}.to({TYPES[value.dtype]})"]
 
     def _call(self, value: Call) -> str:
         function, args = value.function, [f"v{a}" for a in value.args]
@@ -321,7 +323,7 @@ class _SweepPrinter:
         if function in _OPERATORS:
             text = f"({args[0]} {_OPERATORS[function]} {args[1]})"
             # Triton adds and multiplies conditions as it does integers of one bit.
-            return text if value.dtype in ("bool",) or floating else f"{text}.to({_TYPES[value.dtype]})"
+            return text if value.dtype in ("bool",) or floating else f"{text}.to({TYPES[value.dtype]})"
         if function == "where":
             return f"tl.where({', '.join(args)})"
         if function == "bit_not":
@@ -355,10 +357,10 @@ class _SweepPrinter:
             return source if kind == "bool" else f"({source} != 0)"
         if register(value.dtype) != value.dtype:
             wide = source if kind == "float32" else f"{source}.to(tl.float32)"
-            return f"{wide}.to({_TYPES[value.dtype]}).to(tl.float32)"
+            return f"{wide}.to({TYPES[value.dtype]}).to(tl.float32)"
         if kind.startswith("float") and value.dtype in ("int8", "int16", "uint8"):
             source += ".to(tl.int64)"  # wraps, as a conversion by way of a wide integer does
-        return f"{source}.to({_TYPES[value.dtype]})"
+        return f"{source}.to({TYPES[value.dtype]})"
 
 
 def _literal(value: Constant) -> str:
@@ -370,5 +372,6 @@ def _literal(value: Constant) -> str:
     return repr(value.value)
 
 
-def _indent(lines: Sequence[str]) -> list[str]:
+def indent(lines: Sequence[str]) -> list[str]:
+    """The lines, one level further in."""
     return [f"    {line}" for line in lines]

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from llmopt.codegen.loops.ir import LoopKernel
 from llmopt.codegen.triton.launch import Device
 
 # Argument token of a kernel specification -> name in kernels/functions.py.
@@ -21,7 +22,10 @@ ACTIVATIONS = {
 
 @dataclass(frozen=True)
 class Call:
-    """One call: operands, ints and floats in the order that the template's planner gives them."""
+    """One call: operands, ints and floats in the order that the template's planner gives them.
+
+    With an epilogue its buffers, without the product, come before the operands, and its symbols before the ints.
+    """
 
     template: str
     arguments: tuple[str, ...]
@@ -30,6 +34,7 @@ class Call:
     floats: tuple[float, ...]
     status: torch.Tensor
     device: Device
+    epilogue: LoopKernel | None = None
 
     def present(self, *tensors: Any) -> tuple[Any, ...]:
         """The tensors with absent ones replaced by `status`, which no kernel reads: Triton wants a pointer."""

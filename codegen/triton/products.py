@@ -2,14 +2,19 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
 import torch
 
 from llmopt.codegen.cpu.templates import PlannedCall
+from llmopt.codegen.loops.ir import LoopKernel
 from llmopt.codegen.triton.calls import Call, ceil_div, power, precision
-from llmopt.codegen.triton.launch import Launch
+from llmopt.codegen.triton.epilogue import print_triton_epilogue
+from llmopt.codegen.triton.launch import Launch, index_type
 
 SEGMENTS = 3  # weights that one launch takes
 GEMV_ROWS = 4  # rows up to which weights are streamed through the CUDA cores
@@ -42,6 +47,8 @@ def _splits(call: Call, tiles: int, rows: int, k: int, columns: int) -> int:
 
 
 def _linear(call: Call) -> list[Launch]:
+    if call.epilogue is not None:
+        return _with_epilogue(call, call.epilogue)
     rows, k, x_stride, out_stride, count, *sizes = call.ints
     x, out, *rest = call.tensors
     part = rest[-1]
@@ -50,26 +57,71 @@ def _linear(call: Call) -> list[Launch]:
         here = sizes[begin : begin + SEGMENTS]
         weights = [rest[2 * n] for n in range(begin, begin + len(here))]
         biases = [rest[2 * n + 1] for n in range(begin, begin + len(here))]
-        target = out[sum(sizes[:begin]) :]
-        made += _segments(call, x, target, part, weights, biases, here, (rows, k, x_stride, out_stride))
+        target = _Target((out[sum(sizes[:begin]) :],), (out_stride,))
+        made += _segments(call, x, target, part, weights, biases, here, (rows, k, x_stride))
     return made
+
+
+def _with_epilogue(call: Call, epilogue: LoopKernel) -> list[Launch]:
+    buffers, symbols = len(epilogue.buffers) - 1, len(epilogue.symbols)
+    rows, k, x_stride, _, _, *sizes = call.ints[symbols:]
+    operands = call.tensors[:buffers]
+    x, _, *rest, part = call.tensors[buffers:]
+    reach = max([rows * sum(sizes), *(t.untyped_storage().nbytes() // t.element_size() for t in operands)])
+    source = _printed(epilogue)
+    target = _Target((*operands, *call.ints[:symbols]), (), {"INDEX": index_type(reach)}, source)
+    return _segments(call, x, target, part, rest[::2], rest[1::2], sizes, (rows, k, x_stride))
+
+
+@functools.lru_cache(1024)
+def _printed(epilogue: LoopKernel) -> str:
+    return print_triton_epilogue(epilogue)
+
+
+@dataclass(frozen=True)
+class _Target:
+    """Where results go: the kernels' arguments for it, and the module that the kernels are in when it is generated.
+
+    A generated module takes `first` before all other arguments, `kernels/linear.py` between x and the partial sums, and
+    `last` at the end.
+    """
+
+    first: tuple[Any, ...]
+    last: tuple[Any, ...]
+    constants: Mapping[str, Any] = field(default_factory=dict)
+    source: str = ""
+
+    def launch(
+        self,
+        name: str,
+        grid: tuple[int, ...],
+        x: tuple[Any, ...],
+        args: tuple[Any, ...],
+        constants: Mapping[str, Any],
+        warps: int = 4,
+        stages: int = 2,
+    ) -> Launch:
+        """A launch of kernel `name` on the target, the input (none for partial sums) and the other arguments."""
+        ordered = (*self.first, *x, *args) if self.source else (*x, *self.first, *args, *self.last)
+        module = "" if self.source else "linear."
+        return Launch(module + name, grid, ordered, {**self.constants, **constants}, warps, stages, self.source)
 
 
 def _segments(
     call: Call,
     x: torch.Tensor,
-    out: torch.Tensor,
+    target: _Target,
     part: torch.Tensor | None,
-    weights: list[torch.Tensor],
-    biases: list[torch.Tensor | None],
-    sizes: list[int],
-    shape: tuple[int, int, int, int],
+    weights: Sequence[torch.Tensor],
+    biases: Sequence[torch.Tensor | None],
+    sizes: Sequence[int],
+    shape: tuple[int, int, int],
 ) -> list[Launch]:
-    rows, k, x_stride, out_stride = shape
+    rows, k, x_stride = shape
     if rows == 0:
         return []
     lack = SEGMENTS - len(sizes)
-    w = (*weights, *weights[:1] * lack)
+    w = (*weights, *[weights[0]] * lack)
     b = call.present(*biases, *([None] * lack))
     n = (*sizes, *([0] * lack))
     flags = {f"B{i}": i < len(biases) and biases[i] is not None for i in range(SEGMENTS)}
@@ -88,15 +140,16 @@ def _segments(
     splits = _splits(call, tiles, rows, k, sum(sizes))
     if part is not None and splits > 1:
         part = part.view(torch.float32)
-    args = (x, out, *call.present(part), *w, *b, *n, rows, k, x_stride, out_stride)
+    args = (*call.present(part), *w, *b, *n, rows, k, x_stride)
     warps = 8 if not streamed and tile["BM"] == 128 else 4
     stages = 1 if streamed else 3
-    name = "linear.gemv" if streamed else "linear.gemm"
-    made = [Launch(name, (tiles, splits), args, {**constants, **tile, "SPLITS": splits}, warps, stages)]
+    name = "gemv" if streamed else "gemm"
+    tiled = {**constants, **tile, "SPLITS": splits}
+    made = [target.launch(name, (tiles, splits), (x,), args, tiled, warps, stages)]
     if splits > 1:
         merging = {"BLOCK": 256, "SPLITS": splits, **flags}
         grid = (rows, ceil_div(sum(sizes), 256))
-        made.append(Launch("linear.merge_splits", grid, (out, part, *b, *n, rows, out_stride), merging))
+        made.append(target.launch("merge_splits", grid, (), (part, *b, *n, rows), merging))
     return made
 
 

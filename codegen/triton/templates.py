@@ -18,6 +18,7 @@ from torch.fx.node import Node
 
 from llmopt.codegen.cpu import templates as planning
 from llmopt.codegen.cpu.templates import FLOATS, Plan, PlannedCall, Workspace
+from llmopt.codegen.loops.ir import LoopKernel
 from llmopt.codegen.triton.attention import CONTIGUOUS, MAX_HEAD_SIZE, PAGED, paged_workspace
 from llmopt.codegen.triton.calls import ACTIVATIONS, Call, ceil_div, power
 from llmopt.codegen.triton.launch import Device, Launch
@@ -234,10 +235,12 @@ def launches(
     floats: Sequence[float],
     status: torch.Tensor,
     device: Device,
+    epilogue: LoopKernel | None = None,
 ) -> list[Launch]:
     """The launches of one call on tensors that begin at its operands' first elements; None is an absent operand.
 
-    `status` is an int32 on the device that a kernel sets to 1 when it meets an index out of range.
+    `status` is an int32 on the device that a kernel sets to 1 when it meets an index out of range; `epilogue` as in
+    `Call`.
     """
-    call = Call(template, tuple(arguments), tuple(tensors), tuple(ints), tuple(floats), status, device)
+    call = Call(template, tuple(arguments), tuple(tensors), tuple(ints), tuple(floats), status, device, epilogue)
     return TEMPLATES[template].launches(call)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 import shutil
@@ -11,11 +12,15 @@ from pathlib import Path
 import pytest
 import torch
 from graphs.causal_models import TinyCausal, traced
+from models.zoo import build
 from rich.console import Console
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
 import llmopt
+from llmopt import LLM
 from llmopt.cli import app
 from llmopt.compilation import compile_step
 from llmopt.compiler.errors import InputError, OptionError
@@ -196,6 +201,35 @@ def test_command_measures_and_writes_the_page(tmp_path: Path) -> None:
     products = [call for call in graph["calls"] if call["origin"] == "llmopt.linear"]
     assert all("tokens" in call["cost"]["flops"] or "rows" in call["cost"]["flops"] for call in products)
     assert data_of(path.read_text("utf-8"))["title"] == "target"
+
+
+def test_a_program_file_reports_the_costs_of_its_model(tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    llm = LLM(build("gemma2"), block_size=4)
+    llm.export(path)
+    sizes = {"tokens": 6, "requests": 3, "context": 40, "pages": 12}
+    report, filed = llmopt.explain(llm, sizes=sizes), llmopt.explain(path, sizes=sizes)
+    (graph,), (kept,) = report.to_json()["graphs"], filed.to_json()["graphs"]
+    assert kept["sizes"] == graph["sizes"] and kept["symbols"] == graph["symbols"]
+    work = [[call[key] for key in ("origin", "flops", "bytes_read", "bytes_written")] for call in graph["calls"]]
+    assert work == [[call[key] for key in ("origin", "flops", "bytes_read", "bytes_written")] for call in kept["calls"]]
+    assert sum(call["flops"] for call in kept["calls"]) > 0
+    measured = llmopt.explain(path, sizes={"tokens": 2, "context": 9}, measure=True)
+    assert all(call["predicted"] is not None for call in measured.to_json()["graphs"][0]["calls"])
+    assert "roofline" in str(measured)
+
+
+def test_a_program_file_without_costs_says_nothing_of_them(tmp_path: Path) -> None:
+    path = tmp_path / "model.engine"
+    LLM(build("gpt2"), block_size=4).export(path)
+    with safe_open(str(path), framework="pt") as opened:
+        data = json.loads(opened.metadata()["llmopt"])
+    del data["costs"]
+    text = json.dumps(data)
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    save_file(load_file(path), path, {"llmopt": text, "llmopt.sha256": digest})
+    (graph,) = llmopt.explain(path).to_json()["graphs"]
+    assert {call["flops"] for call in graph["calls"]} == {0.0}
 
 
 def test_command_refuses_bad_sizes() -> None:

@@ -8,7 +8,7 @@ import pytest
 import torch
 from gpu.devices import is_refused, lower_for_cuda, planned_launches
 from graphs.one_op import one_op_graph
-from kernels.loop_programs import compiled
+from kernels.loop_programs import compiled, trace
 
 from llmopt.codegen.loops import LoopKernel
 from llmopt.codegen.triton.launch import Launch, compile_for
@@ -105,6 +105,19 @@ def loops_of(function: Callable[..., object]) -> list[Launch]:
 
 def test_a_fused_loop() -> None:
     check(loops_of(lambda x: (x.softmax(-1) * x.tanh()).to(torch.float32)), 90)
+
+
+def test_a_product_with_an_epilogue() -> None:
+    def function(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+        return [residual + torch.ops.llmopt.linear(x, [w], [None])]
+
+    made: dict[str, Launch] = {}
+    for rows in (1, 5, 70):
+        inputs = [torch.zeros(size, dtype=torch.bfloat16) for size in ((1, rows, 2048), (64, 2048), (1, rows, 64))]
+        lowered = lower_for_cuda(trace(function, *inputs, static=[-1, -2]).graph)
+        made |= {launch.kernel: launch for launch in planned_launches(lowered, inputs)}
+    assert made.keys() == {"gemv", "gemm", "merge_splits"}
+    check(list(made.values()), 90)
 
 
 LOOPS: dict[str, Callable[[torch.Tensor], object]] = {

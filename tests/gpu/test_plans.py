@@ -10,13 +10,13 @@ from gpu.devices import lower_for_cuda, to_cuda
 from graphs.capturing import catch
 from models.zoo import VOCABULARY, ZOO, build
 
-from llmopt.codegen.loops.print_triton import print_triton
 from llmopt.codegen.program import Program
 from llmopt.codegen.program_json import from_json, to_json
 from llmopt.codegen.triton.templates import TEMPLATES
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import run_pipeline
 from llmopt.passes.pipeline import BACKEND, InsertLora, step_pipeline
+from llmopt.runtime.executable import kernel_source
 from llmopt.tracing import trace_forward
 
 
@@ -34,10 +34,9 @@ def check(program: Program) -> None:
     assert program.target == "cuda"
     assert [(call.op, call.reason) for call in program.fallbacks] == []
     for kernel in program.kernels:
-        if kernel.loop is None:
+        if kernel.template != "loop":
             assert kernel.template in TEMPLATES
-        else:
-            compile(print_triton(kernel.loop), kernel.loop.name, "exec")
+        compile(kernel_source(kernel, target="cuda"), kernel.template, "exec")
 
 
 @pytest.mark.slow

@@ -11,7 +11,6 @@ from collections.abc import Sequence
 
 import pytest
 import torch
-import torch.nn.functional as F
 from kernels.harness import CPP_TYPE, run_kernel
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -87,25 +86,6 @@ def test_segments(dtype: torch.dtype, variant: str, rows: int) -> None:
         for k, threads in ((31, 1), (600, 2)):
             x, segments = sample(rows, k, sizes, dtype, [i % 2 == 0 for i in range(len(sizes))], slack=5)
             check(x, segments, run_linear(x, segments, threads=threads, variant=variant))
-
-
-@pytest.mark.parametrize("act", ["Silu", "GeluErf", "GeluTanh", "Relu"])
-@pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("rows", [1, 5, 70])
-def test_an_activation_in_the_epilogue(rows: int, dtype: torch.dtype, act: str) -> None:
-    functions = {"Silu": F.silu, "GeluErf": F.gelu, "GeluTanh": lambda x: F.gelu(x, approximate="tanh"), "Relu": F.relu}
-    for sizes, k in (([1], 33), ([37, 5], 64), ([130], 257)):
-        x, segments = sample(rows, k, sizes, dtype, [i % 2 == 0 for i in range(len(sizes))], slack=3)
-        segments = [(w / k**0.5, b) for w, b in segments]
-        parts = [F.linear(x.double(), w.double(), b.double() if b is not None else None) for w, b in segments]
-        expected = functions[act](torch.cat(parts, -1))
-        out = torch.full((rows, sum(sizes)), 99.0).to(dtype)
-        tensors = [x, out, *(t for segment in segments for t in segment)]
-        ints = [rows, k, x.stride(0), sum(sizes), len(sizes), *sizes]
-        name = CPP_TYPE[dtype]
-        run_kernel("linear.h", f"linear<{name}, {name}, llmopt::{act}>", tensors, ints)
-        near = {torch.float32: 2e-6, torch.bfloat16: 1.2e-2, torch.float16: 1.5e-3}[dtype]
-        torch.testing.assert_close(out.double(), expected, rtol=near, atol=near)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])

@@ -191,7 +191,7 @@ def _set(*path: Any) -> Damage:
 @pytest.mark.parametrize(
     ("damage", "message"),
     [
-        (_set("version", 1), r"format version 1, this llmopt reads 3: export it again"),
+        (_set("version", 1), r"format version 1, this llmopt reads 4: export it again"),
         (_set("version", True), "format version"),
         (_set("format", "other"), "holds no llmopt program"),
         (lambda data: "[]", "holds no llmopt program"),
@@ -228,6 +228,18 @@ def _set(*path: Any) -> Damage:
         (_set("program", "results", 0, ["view"]), "malformed result"),
         (_set("program", "arena_bytes", "__import__('os')"), "."),
         (_set("program", "symbols", 0, 0, "a b"), "no valid name"),
+        (_set("costs", {}), "not those of the program's steps"),
+        (lambda data: data["costs"].pop() and None, "not those of the program's steps"),
+        (_set("costs", 0, []), "malformed cost"),
+        (_set("costs", 0, [1, 2, 3, 4]), "malformed cost"),
+        (_set("costs", 0, 0, "__import__('os')"), "undeclared symbol"),
+        (_set("costs", 0, 0, "tokens"), "undeclared symbol"),
+        (_set("costs", 0, 0, 1.5), "not an index expression"),
+        (_set("costs", 0, 0, ["**", 2, "s0"]), "not an index expression"),
+        (_set("costs", 0, 0, ["//", 1, "s0"]), "no sensible number"),
+        (_set("costs", 0, 0, ["//", 1, 0]), "divides by 0"),
+        (_set("costs", 0, 0, functools.reduce(lambda a, _: ["*", a, "s0"], range(40), "s0")), "no sensible number"),
+        (_set("costs", 0, 0, functools.reduce(lambda a, _: ["+", a, 1], range(100), 1)), "too large"),
     ],
 )
 def test_a_wrong_description_is_refused(file: Path, tmp_path: Path, damage: Damage, message: str) -> None:

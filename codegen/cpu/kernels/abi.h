@@ -55,11 +55,28 @@ struct Worker {
   }
 };
 
+// A block of a product's results on its way out: entry (r, c) of the whole result, for r in [row, row + rows) and c in
+// [column, column + columns), is values[(r - row) * stride + c - column], rounded to the product's storage type.
+struct Block {
+  std::int64_t row, rows, column, columns;
+  const void* values;
+  std::int64_t stride;
+};
+
+// What is computed from a product's results before anything is stored: `apply` is called once for every entry, by the
+// worker that made it, and stores what it makes itself.
+struct Epilogue {
+  void (*apply)(const void* state, const Block& block);
+  const void* state;
+};
+
 // Operands of one call, in the order that the kernel's header lists. A null tensor is an absent optional operand.
+// `epilogue`: what the caller wants done with the results of a kernel that can have one, in place of storing them.
 struct Args {
   void* const* tensors;
   const std::int64_t* ints;
   const double* floats;
+  const Epilogue* epilogue;
 
   template <class T>
   T* tensor(int i) const {

@@ -6,14 +6,6 @@
 
 namespace llmopt {
 
-// x itself: no activation.
-struct Identity {
-  template <class V>
-  LLMOPT_INLINE V operator()(V x) const {
-    return x;
-  }
-};
-
 // x * sigmoid(x) (Swish; Elfwing et al., arXiv:1702.03118).
 struct Silu {
   template <class V>

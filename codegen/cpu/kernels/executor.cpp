@@ -105,7 +105,8 @@ static void work(void* raw) {
   double before = timed ? now() : 0.0;
   for (std::int64_t i = 0; i < plan.num_calls; ++i) {
     const Call& call = plan.calls[i];
-    call.kernel(Args{plan.addresses + call.tensors, plan.int_args + call.ints, plan.floats + call.floats}, worker);
+    const Args args{plan.addresses + call.tensors, plan.int_args + call.ints, plan.floats + call.floats, nullptr};
+    call.kernel(args, worker);
     if (call.sync_after) worker.sync();
     if (team.failure.load(std::memory_order_relaxed) != kOk) {
       int none = -1;

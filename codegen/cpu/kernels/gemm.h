@@ -1,14 +1,13 @@
-// out = act(x @ W^T + b) for many rows of x: a blocked product after Goto and van de Geijn (ACM TOMS 34(3), 2008) that packs
+// out = x @ W^T + b for many rows of x: a blocked product after Goto and van de Geijn (ACM TOMS 34(3), 2008) that packs
 // both operands on the fly, because the weights are the user's own row-major tensors.
 //
 // Panels of kPanel columns of out (rows of W) are transposed into scratch, kDepth lanes of K at a time, and multiplied
 // with all staged rows of x before they are dropped. Partial sums of a block of panels stay in float in scratch until K
-// is used up; out is written once, with bias and activation. One lane along K is one float, or one pair of bf16 where the machine
+// is used up; then they are rounded, with the bias, and stored or handed to the epilogue. One lane along K is one float, or one pair of bf16 where the machine
 // multiplies pairs. The order of the additions is fixed by K alone, so a row's result depends on neither the other rows nor the workers.
 // The workers form a grid over rows and panels; each packs what it needs, and nothing is shared.
 #pragma once
 
-#include "activations.h"
 #include "matrix.h"
 
 namespace llmopt {
@@ -173,8 +172,8 @@ void multiply_panel(const float* staged, const float* packed, std::int64_t rows,
   }
 }
 
-// out[i][0..columns) = act(sums[i] + bias).
-template <class T, class TOut, class Act>
+// out[i][0..columns) = sums[i] + bias. `out` may be the memory of `sums`, a row on its row: no row is written before it is read.
+template <class T, class TOut>
 void write_panel(const float* sums, std::int64_t rows, const T* bias, std::int64_t columns, TOut* out,
                  std::int64_t out_stride) {
   vf shift[kPanelVectors] = {};
@@ -186,7 +185,7 @@ void write_panel(const float* sums, std::int64_t rows, const T* bias, std::int64
   }
   for (std::int64_t m = 0; m < rows; ++m, sums += kPanel, out += out_stride)
     for (int v = 0; v < kPanelVectors; ++v) {
-      const vf sum = Act{}(vf(load(sums + v * kLanes) + shift[v]));
+      const vf sum = load(sums + v * kLanes) + shift[v];
       if (width[v] == kLanes) {
         store(out + v * kLanes, sum);
       } else {
@@ -226,10 +225,11 @@ inline int grid_columns(std::int64_t rows, std::int64_t panels, int count) {
   return best;
 }
 
-// x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart.
-template <class T, class TOut, class Act = Identity>
+// x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart, not written with an
+// epilogue.
+template <class T, class TOut>
 void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& segments, TOut* out,
-          std::int64_t out_stride, const Worker& w) {
+          std::int64_t out_stride, const Worker& w, const Epilogue* epilogue) {
   using Lane = typename GemmLane<T>::Type;
   constexpr std::int64_t kBlock = std::int64_t{kDepth} * GemmLane<T>::kElements;  // elements of K at a time
   std::int64_t panels = 0;
@@ -268,9 +268,16 @@ void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
                                GemmLane<T>::kElements * static_cast<std::int64_t>(sizeof(T)), kPanel};
           multiply_panel<Lane>(staged, packed, height, depth, panel_sums, from > 0, next);
           if (from + kBlock < k) continue;
-          const T* bias = segments.bias<T>(panel.segment);
-          write_panel<T, TOut, Act>(panel_sums, height, bias ? bias + panel.row : nullptr, panel.columns,
-                      out + m * out_stride + panel.out_column, out_stride);
+          const T* bias = segments.bias<T>(panel.segment) ? segments.bias<T>(panel.segment) + panel.row : nullptr;
+          if (epilogue) {
+            constexpr std::int64_t kStride = kPanel * sizeof(float) / sizeof(T);
+            T* values = reinterpret_cast<T*>(panel_sums);
+            write_panel<T, T>(panel_sums, height, bias, panel.columns, values, kStride);
+            epilogue->apply(epilogue->state, {m, height, panel.out_column, panel.columns, values, kStride});
+          } else {
+            write_panel<T, TOut>(panel_sums, height, bias, panel.columns, out + m * out_stride + panel.out_column,
+                                 out_stride);
+          }
         }
       }
     }

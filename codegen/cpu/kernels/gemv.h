@@ -1,4 +1,4 @@
-// out = act(x @ W^T + b) for few rows of x: every weight is read from memory once, in order, and meets all rows of x while it
+// out = x @ W^T + b for few rows of x: every weight is read from memory once, in order, and meets all rows of x while it
 // is in a register or the first-level cache.
 //
 // The products run along K with one vector accumulator per output, so a result does not depend on how many rows of x or
@@ -6,7 +6,6 @@
 // workers. x is staged once per worker in scratch, in the form that the inner loop wants, padded with zeros.
 #pragma once
 
-#include "activations.h"
 #include "matrix.h"
 #include "rows.h"
 
@@ -191,11 +190,43 @@ inline std::size_t gemv_scratch(std::int64_t rows, std::int64_t k) {
   return static_cast<std::size_t>(rows * staged_stride<T>(k)) * sizeof(float);
 }
 
-// x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart. Needs
-// gemv_scratch(rows, k) <= kScratchBytes.
-template <class T, class TOut, class Act = Identity>
+// Columns of a block that is handed to an epilogue: whole blocks of rows of W, and little enough to stay in the first-level
+// cache with a few rows of x.
+constexpr std::int64_t kEpilogueColumns = 96;
+static_assert(kEpilogueColumns % kWideBlock == 0 && kEpilogueColumns % kNarrowBlock == 0, "whole blocks");
+
+// `columns` of x @ W^T + b, counted over all segments, for staged rows of x; `out` begins at the first of them.
+template <class T, class TOut>
+void gemv_columns(const float* staged, std::int64_t rows, std::int64_t k, const Segments& segments, Range columns,
+                  TOut* out, std::int64_t out_stride) {
+  const std::int64_t x_stride = staged_stride<T>(k);
+  const int block = rows < kGemvRows ? kWideBlock : kNarrowBlock;
+  std::int64_t first = 0;
+  for (std::int64_t s = 0; s < segments.count; first += segments.sizes[s++]) {
+    const T* weight = segments.weight<T>(s);
+    const T* bias = segments.bias<T>(s);
+    std::int64_t n = (columns.begin > first ? columns.begin : first) - first;
+    const std::int64_t end = (columns.end < first + segments.sizes[s] ? columns.end - first : segments.sizes[s]);
+    const std::int64_t at = first - columns.begin;  // in `out`, of the segment's first column
+    for (; n + block <= end; n += block) {
+      const T* shift = bias ? bias + n : nullptr;
+      if (block == kWideBlock) {
+        gemv_rows<T, TOut, kWideBlock>(weight + n * k, shift, k, staged, x_stride, rows, out + at + n, out_stride);
+      } else {
+        gemv_rows<T, TOut, kNarrowBlock>(weight + n * k, shift, k, staged, x_stride, rows, out + at + n, out_stride);
+      }
+    }
+    for (; n < end; ++n)
+      gemv_rows<T, TOut, 1>(weight + n * k, bias ? bias + n : nullptr, k, staged, x_stride, rows, out + at + n, out_stride);
+  }
+}
+
+// x: `rows` rows of length k; out [rows, sum of the segments' sizes] with rows out_stride apart. With an epilogue, to which
+// the rows are those from `first_row` on, out is not written. Needs gemv_scratch(rows, k), and with an epilogue
+// kEpilogueColumns of T for each row, within kScratchBytes.
+template <class T, class TOut>
 void gemv(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& segments, TOut* out,
-          std::int64_t out_stride, const Worker& w) {
+          std::int64_t out_stride, const Worker& w, const Epilogue* epilogue, std::int64_t first_row) {
   using Step = GemvStep<T>;
   std::int64_t total = 0;
   for (std::int64_t s = 0; s < segments.count; ++s) total += segments.sizes[s];
@@ -209,31 +240,12 @@ void gemv(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
     float* to = staged + m * x_stride;
     for (std::int64_t i = 0; i < k; i += Step::kElements, to += Step::kFloats) Step::stage(row + i, to, k - i);
   }
-
-  const int block = rows < kGemvRows ? kWideBlock : kNarrowBlock;
-  std::int64_t first = 0;
-  for (std::int64_t s = 0; s < segments.count; first += segments.sizes[s++]) {
-    const T* weight = segments.weight<T>(s);
-    const T* bias = segments.bias<T>(s);
-    std::int64_t n = (mine.begin > first ? mine.begin : first) - first;
-    const std::int64_t end = (mine.end < first + segments.sizes[s] ? mine.end - first : segments.sizes[s]);
-    for (; n + block <= end; n += block) {
-      const T* shift = bias ? bias + n : nullptr;
-      if (block == kWideBlock) {
-        gemv_rows<T, TOut, kWideBlock>(weight + n * k, shift, k, staged, x_stride, rows, out + first + n, out_stride);
-      } else {
-        gemv_rows<T, TOut, kNarrowBlock>(weight + n * k, shift, k, staged, x_stride, rows, out + first + n, out_stride);
-      }
-    }
-    for (; n < end; ++n)
-      gemv_rows<T, TOut, 1>(weight + n * k, bias ? bias + n : nullptr, k, staged, x_stride, rows, out + first + n,
-                            out_stride);
-  }
-  if constexpr (!std::is_same<Act, Identity>::value) {  // on what this worker wrote, vector by vector
-    for (std::int64_t m = 0; m < rows; ++m, out += out_stride)
-      for_vectors(mine.begin, mine.end, [&](std::int64_t i, auto access) {
-        access.store(out + i, Act{}(access.load(out + i)));
-      });
+  if (!epilogue) return gemv_columns<T, TOut>(staged, rows, k, segments, mine, out + mine.begin, out_stride);
+  T* block = reinterpret_cast<T*>(staged + rows * x_stride);
+  for (std::int64_t n = mine.begin; n < mine.end; n += kEpilogueColumns) {
+    const Range part{n, mine.end - n < kEpilogueColumns ? mine.end : n + kEpilogueColumns};
+    gemv_columns<T, T>(staged, rows, k, segments, part, block, kEpilogueColumns);
+    epilogue->apply(epilogue->state, {first_row, rows, part.begin, part.end - part.begin, block, kEpilogueColumns});
   }
 }
 

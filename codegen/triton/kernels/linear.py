@@ -52,13 +52,12 @@ def _segment(tile, w0, w1, w2, n0, n1, n2, BN: tl.constexpr, SEGMENTS: tl.conste
     return w, n, tile, shift
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def gemv(
-    x, out, part, w0, w1, w2, b0, b1, b2, n0, n1, n2, rows, K, x_stride, out_stride,
+@triton.jit
+def gemv_sums(
+    x, w0, w1, w2, n0, n1, n2, rows, K, x_stride,
     M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
-    """A program streams BN weight rows once for all M >= rows rows of x. Grid: (column tiles, SPLITS)."""
+    """(sums [M, BN], rows, columns over all segments, which exist): streams BN weight rows for all rows of x."""
     w, n, tile, shift = _segment(tl.program_id(0), w0, w1, w2, n0, n1, n2, BN, SEGMENTS)
     split = tl.program_id(1)
     cols = tile * BN + tl.arange(0, BN)
@@ -80,28 +79,17 @@ def gemv(
         )
         xt = tl.load(inputs + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         acc += wt.to(tl.float32)[None, :, :] * xt.to(tl.float32)[:, None, :]
-    total = tl.sum(acc, 2)
-    ok = (row < rows)[:, None] & (cols < n)[None, :]
-    where = (shift + cols)[None, :]
-    if SPLITS > 1:
-        lead = (split * rows + row).to(tl.int64)[:, None] * (n0 + n1 + n2)
-        tl.store(part + lead + where, total, mask=ok)
-    else:
-        total += _bias(b0, b1, b2, n0, n1, n2, shift + cols, B0, B1, B2)[None, :]
-        lead = row.to(tl.int64)[:, None] * out_stride
-        tl.store(out + lead + where, total.to(out.dtype.element_ty), mask=ok)
+    return tl.sum(acc, 2), row, shift + cols, (row < rows)[:, None] & (cols < n)[None, :]
 
 
-@triton.jit(do_not_specialize=_SIZES)
-def gemm(
-    x, out, part, w0, w1, w2, b0, b1, b2, n0, n1, n2, rows, K, x_stride, out_stride,
+@triton.jit
+def gemm_sums(
+    x, w0, w1, w2, n0, n1, n2, rows, K, x_stride,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
-    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PRECISION: tl.constexpr,
+    PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """A program computes a tile [BM, BN]. Grid: (row tiles times column tiles, SPLITS).
-
-    Neighbouring programs walk down up to 8 row tiles before they take the next columns, so weights stay in L2.
-    """
+    """As `gemv_sums`, a tile [BM, BN]. Neighbouring programs walk down up to 8 row tiles before they take the next
+    columns, so weights stay in L2."""
     tiles_m = tl.cdiv(rows, BM)
     tiles_n = tl.cdiv(n0, BN)
     if SEGMENTS > 1:
@@ -129,15 +117,75 @@ def gemm(
         xt = tl.load(inputs + at[None, :], mask=(row < rows)[:, None] & inside[None, :], other=0.0)
         wt = tl.load(weights + at[:, None], mask=(cols < n)[None, :] & inside[:, None], other=0.0)
         acc = dot(xt, wt, acc, PRECISION)
-    ok = (row < rows)[:, None] & (cols < n)[None, :]
-    where = (shift + cols)[None, :]
+    return acc, row, shift + cols, (row < rows)[:, None] & (cols < n)[None, :]
+
+
+@triton.jit
+def store_part(part, sums, row, cols, ok, rows, columns):
+    """Leaves the sums of this program's part of K for `added_splits`."""
+    lead = (tl.program_id(1) * rows + row).to(tl.int64)[:, None] * columns
+    tl.store(part + lead + cols[None, :], sums, mask=ok)
+
+
+@triton.jit
+def added_splits(part, rows, columns, BLOCK: tl.constexpr, SPLITS: tl.constexpr):
+    """As `gemv_sums`, from the partial sums of all splits. Grid: (rows, blocks of columns)."""
+    row = tl.program_id(0) + tl.arange(0, 1)
+    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    ok = (row < rows)[:, None] & (cols < columns)[None, :]
+    acc = tl.zeros([1, BLOCK], tl.float32)
+    for split in tl.static_range(SPLITS):
+        lead = (split * rows + row).to(tl.int64)[:, None] * columns
+        acc += tl.load(part + lead + cols[None, :], mask=ok, other=0.0)
+    return acc, row, cols, ok
+
+
+@triton.jit
+def with_bias(
+    sums, cols, b0, b1, b2, n0, n1, n2, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr
+):  # fmt: skip
+    """The sums of `cols`, counted over all segments, plus bias."""
+    return sums + _bias(b0, b1, b2, n0, n1, n2, cols, B0, B1, B2)[None, :]
+
+
+@triton.jit
+def _store(out, out_stride, values, row, cols, ok):
+    lead = row.to(tl.int64)[:, None] * out_stride
+    tl.store(out + lead + cols[None, :], values.to(out.dtype.element_ty), mask=ok)
+
+
+# The kernels; a product with an epilogue has kernels of the same names in a module of its own, which
+# `codegen/triton/epilogue.py` prints.
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gemv(
+    x, out, part, w0, w1, w2, b0, b1, b2, n0, n1, n2, rows, K, x_stride, out_stride,
+    M: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
+):  # fmt: skip
+    """M >= rows rows at once. Grid: (column tiles, SPLITS)."""
+    sums, row, cols, ok = gemv_sums(x, w0, w1, w2, n0, n1, n2, rows, K, x_stride, M, BN, BK, SPLITS, SEGMENTS)
     if SPLITS > 1:
-        lead = (split * rows + row).to(tl.int64)[:, None] * (n0 + n1 + n2)
-        tl.store(part + lead + where, acc, mask=ok)
+        store_part(part, sums, row, cols, ok, rows, n0 + n1 + n2)
     else:
-        acc += _bias(b0, b1, b2, n0, n1, n2, shift + cols, B0, B1, B2)[None, :]
-        lead = row.to(tl.int64)[:, None] * out_stride
-        tl.store(out + lead + where, acc.to(out.dtype.element_ty), mask=ok)
+        _store(out, out_stride, with_bias(sums, cols, b0, b1, b2, n0, n1, n2, B0, B1, B2), row, cols, ok)
+
+
+@triton.jit(do_not_specialize=_SIZES)
+def gemm(
+    x, out, part, w0, w1, w2, b0, b1, b2, n0, n1, n2, rows, K, x_stride, out_stride,
+    BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, SPLITS: tl.constexpr, SEGMENTS: tl.constexpr,
+    B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Grid: (row tiles times column tiles, SPLITS)."""
+    sums, row, cols, ok = gemm_sums(
+        x, w0, w1, w2, n0, n1, n2, rows, K, x_stride, BM, BN, BK, SPLITS, SEGMENTS, PRECISION
+    )
+    if SPLITS > 1:
+        store_part(part, sums, row, cols, ok, rows, n0 + n1 + n2)
+    else:
+        _store(out, out_stride, with_bias(sums, cols, b0, b1, b2, n0, n1, n2, B0, B1, B2), row, cols, ok)
 
 
 @triton.jit(do_not_specialize=_SIZES)
@@ -146,14 +194,8 @@ def merge_splits(
     BLOCK: tl.constexpr, SPLITS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr,
 ):  # fmt: skip
     """Adds the partial sums of all splits, and the bias. Grid: (rows, blocks of columns)."""
-    row = tl.program_id(0).to(tl.int64)
-    total = n0 + n1 + n2
-    cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
-    ok = cols < total
-    acc = _bias(b0, b1, b2, n0, n1, n2, cols, B0, B1, B2)
-    for split in tl.static_range(SPLITS):
-        acc += tl.load(part + (split * rows + row) * total + cols, mask=ok, other=0.0)
-    tl.store(out + row * out_stride + cols, acc.to(out.dtype.element_ty), mask=ok)
+    sums, row, cols, ok = added_splits(part, rows, n0 + n1 + n2, BLOCK, SPLITS)
+    _store(out, out_stride, with_bias(sums, cols, b0, b1, b2, n0, n1, n2, B0, B1, B2), row, cols, ok)
 
 
 @triton.jit(do_not_specialize=["M", "N"])
