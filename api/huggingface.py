@@ -26,8 +26,7 @@ class ModelInfo:
     max_model_len: longest sequence.
     vocab_size: number of token ids that the embedding holds.
     eos_token_ids: tokens that end a text.
-    embedding: what makes `inputs_embeds` of token ids, None for modules that take none.
-    forward_embeddings: `inputs_embeds[1, S, H] -> logits[1, S, V]`, None likewise.
+    embedding: the module that makes embeddings `[1, S, H]` of token ids.
     sampling_defaults: fields of `SamplingParams` that the model's generation configuration sets.
     """
 
@@ -36,8 +35,7 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    embedding: Any = None
-    forward_embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
+    embedding: torch.nn.Module
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,20 +77,16 @@ def describe(model: torch.nn.Module) -> ModelInfo:
         result = original(model, input_ids=ids, use_cache=False, return_dict=True)
         return result.logits
 
-    def forward_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
-        result = original(model, inputs_embeds=embeddings, use_cache=False, return_dict=True)
-        return result.logits
-
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or _DEFAULT_LENGTH
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
     given = {ours: getattr(generation, theirs, None) for theirs, ours in _SAMPLING_DEFAULTS.items()}
     defaults = {name: value for name, value in given.items() if value is not None}
     size = int(embedding.weight.shape[0])
-    return ModelInfo(model, forward, int(length), size, ids, embedding, forward_embeddings, defaults)
+    return ModelInfo(model, forward, int(length), size, ids, embedding, defaults)
 
 
 def _describe_plain(model: torch.nn.Module) -> ModelInfo:
@@ -101,7 +95,7 @@ def _describe_plain(model: torch.nn.Module) -> ModelInfo:
         raise UnsupportedError("the module holds no torch.nn.Embedding, so its vocabulary is unknown")
     original = type(model).forward
     length = int(getattr(model, "max_model_len", _DEFAULT_LENGTH))
-    return ModelInfo(model, lambda ids: original(model, ids), length, embedding.num_embeddings, ())
+    return ModelInfo(model, lambda ids: original(model, ids), length, embedding.num_embeddings, (), embedding)
 
 
 def _rope_types(config: Any) -> set[str]:

@@ -163,7 +163,7 @@ class Scheduler:
             raise InputError(f"there is no unfinished request with the id {parent_id!r}")
         self.add(child)
         count = min(parent.num_computed, len(child.tokens) - 1)
-        same = child.tokens[:count] == parent.tokens[:count]
+        same = child.tokens[:count] == parent.tokens[:count] and child.prompt_embeds is parent.prompt_embeds
         kin = (child.cache_salt, child.adapter) == (parent.cache_salt, parent.adapter)
         if not (count and same and kin and self._seats and parent.status is Status.RUNNING):
             return
