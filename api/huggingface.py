@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from llmopt.checkpoint import check_weights, read_json
 from llmopt.compiler.errors import InputError, UnsupportedError
 from llmopt.folder_tokenizer import FolderTokenizer
 from llmopt.folder_tokenizer import load_tokenizer as read_tokenizer
+from llmopt.runtime.mapped_pages import released_once_copied
 
 log = logging.getLogger(__name__)
 
@@ -148,14 +151,15 @@ def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _one_by_one(), released_once_copied():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except ImportError as error:
         raise UnsupportedError(f"{folder} needs a package that is not there: {_first_line(error)}") from error
     except MemoryError:
@@ -170,6 +174,21 @@ def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
     if names := sorted(map(str, info["unexpected_keys"])):
         log.warning("%s: %d weights that %s does not use: %s", folder, len(names), type(model).__name__, names[0])
     return model.eval()
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """transformers would read weights ahead in threads: all that are to be merged would stand in memory beside what is
+    made of them."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _check_type(folder: Path, config: Mapping[str, Any]) -> None:

@@ -214,7 +214,7 @@ BAD: list[tuple[str, Any, type[Exception], str]] = [
     ("infinite", torch.full((3, HIDDEN), torch.inf), InputError, "not finite"),
     ("sparse", torch.zeros(3, HIDDEN).to_sparse(), InputError, "dense"),
     ("a list", [[0.0] * HIDDEN], InputError, "prompt_embeds must be a Tensor"),
-    ("too long", torch.zeros(200, HIDDEN), InputError, "longest sequence"),
+    ("too long", torch.zeros(5000, HIDDEN), InputError, "longest sequence"),
 ]
 
 
