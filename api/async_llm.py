@@ -13,13 +13,15 @@ from typing import Any
 
 import torch
 
+from llmopt.beam_requests import BeamRequest, beam_requests
 from llmopt.compiler.errors import OptionError
 from llmopt.request_builder import Message, Prompt, RequestBuilder
 from llmopt.runtime.adapters import LoRARequest
 from llmopt.runtime.async_engine import AsyncEngine
+from llmopt.runtime.beam_search import BeamSearchParams
 from llmopt.runtime.generation import Job
 from llmopt.runtime.metrics import Metrics
-from llmopt.runtime.outputs import RequestOutput
+from llmopt.runtime.outputs import BeamSearchOutput, RequestOutput
 from llmopt.runtime.sampling import RequestOutputKind, SamplingParams
 from llmopt.served_model import ServedModel
 
@@ -63,7 +65,7 @@ class AsyncLLM:
         generator or cancelling its task aborts the request.
 
         Args:
-            prompt: a text, or token ids.
+            prompt: a text, token ids, or a dict as `LLM.generate` takes it.
             sampling_params: how to continue it; `output_kind` says what an output holds.
             request_id: a name for `abort`, not in use by another request; by default one is made.
             priority: lower goes first, and equals as they came.
@@ -103,6 +105,28 @@ class AsyncLLM:
         with contextlib.closing(self._engine.submit(await asyncio.to_thread(build))) as stream:
             async for output in stream:
                 yield output
+
+    async def beam_search(
+        self, prompt: Prompt, params: BeamSearchParams, *, lora_request: LoRARequest | None = None
+    ) -> BeamSearchOutput:
+        """The likeliest continuations of a prompt, best first; see `LLM.beam_search`.
+
+        Its steps are taken between those of the engine. Cancelling the task ends it before the next one. Raises
+        EngineDeadError once the engine is no more.
+        """
+        core = self._engine.core
+        self._engine.check_alive()
+
+        def build() -> BeamRequest:
+            given = prompt if isinstance(prompt, str) else [prompt]
+            adapter = None if lora_request is None else core.adapter(lora_request)
+            (search,) = beam_requests(core, self._requests, given, params, [adapter])
+            return search
+
+        search = await asyncio.to_thread(build)
+        while await asyncio.to_thread(search.advance):
+            self._engine.check_alive()
+        return search.output()
 
     async def abort(self, request_id: str | Iterable[str]) -> None:
         """Ends one request or several; each gets a last output with "abort" as its finish_reason. Unknown ids are

@@ -161,8 +161,10 @@ class CompiledStep:
         self.program.bind(self.binder.resolve(arguments, consume=consume))
 
 
-def compile_step(captured: Captured, options: Options) -> CompiledStep:
+def compile_step(captured: Captured, options: Options, *, prompt_embeds: bool = False) -> CompiledStep:
     """Compiles a cache-less graph `logits[1, S, V] = f(input_ids[1, S])` into a step program.
+
+    With `prompt_embeds`, tokens may be given as embeddings; the graph is then marked (`compiler/input_embeddings.py`).
 
     Raises UnsupportedError, with the op and the line of the user's model, when it cannot run over a paged cache.
     """
@@ -171,7 +173,8 @@ def compile_step(captured: Captured, options: Options) -> CompiledStep:
     graph = captured.graph
     before = graph_text(graph, renumber=False) if options.record_graphs else None
     adapted = InsertLora(options.max_loras, options.max_lora_rank) if options.enable_lora else None
-    passes = run_pipeline(graph, step_pipeline(options.block_size, options.kv_cache_dtype, adapted), options)
+    pipeline = step_pipeline(options.block_size, options.kv_cache_dtype, adapted, prompt_embeds=prompt_embeds)
+    passes = run_pipeline(graph, pipeline, options)
     passed = time.perf_counter()
     lowered = lower(graph)
     lowered.program.batch_invariant = options.batch_invariant

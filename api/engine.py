@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Mapping
 from typing import Any
 
 import torch
 
 from llmopt.compilation import CompiledStep, compile_step
-from llmopt.compiler.errors import UnsupportedError
+from llmopt.compiler.input_embeddings import marked
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.huggingface import ModelInfo, describe
@@ -51,14 +52,13 @@ class ModelEngine:
             **dict(module.named_parameters(remove_duplicate=False)),
         }
 
-    def program(self, embeddings: bool = False) -> StepProgram:
+    def program(self, prompt_embeds: bool = False) -> StepProgram:
         """The step program for the module's present dtype and structure, bound to its present weights.
 
-        With `embeddings`, one that takes `inputs_embeds[T, H]` in place of token ids, over the same pages. Raises
-        UnsupportedError for a module that has none.
+        With `prompt_embeds`, or with the option `enable_prompt_embeds`, one whose tokens may be given as embeddings.
+        Raises UnsupportedError for a module that cannot take them.
         """
-        if embeddings and (self._owned or self.info.forward_embeddings is None):
-            raise UnsupportedError("only a transformers model of the caller's takes embeddings in place of token ids")
+        prompt_embeds = prompt_embeds or self.options.enable_prompt_embeds
         if self._owned and self._compiled:
             ((step, _),) = self._compiled.values()
             return step.program
@@ -67,25 +67,20 @@ class ModelEngine:
         first: dict[int, str] = {}
         ties = [first.setdefault(id(t), name) for name, t in tensors.items()]
         layouts = ((name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items())
-        signature = (embeddings, *layouts, *ties)
+        signature = (prompt_embeds, *layouts, *ties)
         if signature not in self._compiled:
-            self._compiled[signature] = self._compile(tensors, embeddings)
+            self._compiled[signature] = self._compile(tensors, prompt_embeds)
         step, names = self._compiled[signature]
         current = [tensors.get(name) if isinstance(name, str) else name for name in names]
         step.bind(current, consume=self._owned)
         return step.program
 
     def _compile(
-        self, tensors: Mapping[str, torch.Tensor], embeddings: bool
+        self, tensors: Mapping[str, torch.Tensor], prompt_embeds: bool
     ) -> tuple[CompiledStep, list[str | torch.Tensor | None]]:
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
-        length, forward = self.info.max_model_len - 1, self.info.forward_embeddings
-        if embeddings and forward is not None:
-            weight = self.info.embedding.weight
-            shape = int(weight.shape[1]), weight.dtype
-            captured, arguments = trace_forward(forward, length, device, embeddings=shape)
-        else:
-            captured, arguments = trace_forward(self.info.forward, length, device)
+        with marked(self.info.embedding) if prompt_embeds else contextlib.nullcontext():
+            captured, arguments = trace_forward(self.info.forward, self.info.max_model_len - 1, device)
         by_identity = {id(tensor): name for name, tensor in tensors.items()}
         names: list[str | torch.Tensor | None] = []
         for index, argument in enumerate(arguments):
@@ -95,10 +90,7 @@ class ModelEngine:
             name = by_identity.get(id(argument))
             names.append(name if name is not None else argument)
             captured.weights[index] = name or captured.weights[index]
-        step = compile_step(captured, self.options)
-        if embeddings:
-            # It computes prompts only; the graphs of decode steps hold token ids.
-            step.program.graphs = None
+        step = compile_step(captured, self.options, prompt_embeds=prompt_embeds)
         self.report.graphs.append(step.report)
         return step, names
 

@@ -61,12 +61,9 @@ class GenerateRouter:
         plan = plan_generate(self._model, named, engine.max_model_len)
         if isinstance(plan, str):
             return plan
-        program = engine.program()
-        refusal = self._refusal(plan, program)
-        if refusal is None and plan.embeddings:
-            # Compiled here, where a model that cannot do so still goes to transformers.
-            engine.program(embeddings=True)
-        return refusal or (plan, program)
+        # Compiled here, where a model that takes no embeddings still goes to transformers.
+        program = engine.program(prompt_embeds=plan.embeddings)
+        return self._refusal(plan, program) or (plan, program)
 
     def _refusal(self, plan: Plan, program: StepProgram) -> str | None:
         """Why the step program cannot serve a plan."""
@@ -109,7 +106,6 @@ class GenerateRouter:
         name = cache_name(self._model) or ""
         twin = with_paged_forward(self._model, self._model.forward, name)
         chunk = self._state.options.max_num_batched_tokens
-        prompts = self._state.engine().program(embeddings=True) if plan.embeddings else program
-        cache = PagedCache(program, prompts, plan.rows_per_prompt, plan.new_tokens, chunk)
+        cache = PagedCache(program, plan.rows_per_prompt, plan.new_tokens, chunk)
         found = type(self._model).generate(twin, *args, **without_other_cache(kwargs), **{name: cache})
         return found if isinstance(found, torch.Tensor) else with_field(found, name, cache.to_dynamic(self._model))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
-from collections.abc import Callable, Mapping, Sequence
+import os
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,6 +16,7 @@ from llmopt.checkpoint import check_weights, read_json
 from llmopt.compiler.errors import InputError, UnsupportedError
 from llmopt.folder_tokenizer import FolderTokenizer
 from llmopt.folder_tokenizer import load_tokenizer as read_tokenizer
+from llmopt.runtime.mapped_pages import released_once_copied
 
 log = logging.getLogger(__name__)
 
@@ -26,8 +29,7 @@ class ModelInfo:
     max_model_len: longest sequence.
     vocab_size: number of token ids that the embedding holds.
     eos_token_ids: tokens that end a text.
-    embedding: what makes `inputs_embeds` of token ids, None for modules that take none.
-    forward_embeddings: `inputs_embeds[1, S, H] -> logits[1, S, V]`, None likewise.
+    embedding: the module that makes embeddings `[1, S, H]` of token ids.
     sampling_defaults: fields of `SamplingParams` that the model's generation configuration sets.
     """
 
@@ -36,8 +38,7 @@ class ModelInfo:
     max_model_len: int
     vocab_size: int
     eos_token_ids: tuple[int, ...]
-    embedding: Any = None
-    forward_embeddings: Callable[[torch.Tensor], torch.Tensor] | None = None
+    embedding: torch.nn.Module
     sampling_defaults: Mapping[str, Any] = field(default_factory=dict)
 
 
@@ -79,20 +80,16 @@ def describe(model: torch.nn.Module) -> ModelInfo:
         result = original(model, input_ids=ids, use_cache=False, return_dict=True)
         return result.logits
 
-    def forward_embeddings(embeddings: torch.Tensor) -> torch.Tensor:
-        result = original(model, inputs_embeds=embeddings, use_cache=False, return_dict=True)
-        return result.logits
-
     text = config.get_text_config()
     length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or _DEFAULT_LENGTH
-    embedding = model.get_input_embeddings()  # type: ignore[operator]
+    embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)
     ids = (eos,) if isinstance(eos, int) else tuple(eos or ())
     given = {ours: getattr(generation, theirs, None) for theirs, ours in _SAMPLING_DEFAULTS.items()}
     defaults = {name: value for name, value in given.items() if value is not None}
     size = int(embedding.weight.shape[0])
-    return ModelInfo(model, forward, int(length), size, ids, embedding, forward_embeddings, defaults)
+    return ModelInfo(model, forward, int(length), size, ids, embedding, defaults)
 
 
 def _describe_plain(model: torch.nn.Module) -> ModelInfo:
@@ -101,7 +98,7 @@ def _describe_plain(model: torch.nn.Module) -> ModelInfo:
         raise UnsupportedError("the module holds no torch.nn.Embedding, so its vocabulary is unknown")
     original = type(model).forward
     length = int(getattr(model, "max_model_len", _DEFAULT_LENGTH))
-    return ModelInfo(model, lambda ids: original(model, ids), length, embedding.num_embeddings, ())
+    return ModelInfo(model, lambda ids: original(model, ids), length, embedding.num_embeddings, (), embedding)
 
 
 def _rope_types(config: Any) -> set[str]:
@@ -154,14 +151,15 @@ def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
     from transformers import AutoModelForCausalLM
 
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(
-            folder,
-            dtype=dtype or "auto",
-            local_files_only=True,
-            use_safetensors=True,
-            trust_remote_code=False,
-            output_loading_info=True,
-        )
+        with _one_by_one(), released_once_copied():
+            model, info = AutoModelForCausalLM.from_pretrained(
+                folder,
+                dtype=dtype or "auto",
+                local_files_only=True,
+                use_safetensors=True,
+                trust_remote_code=False,
+                output_loading_info=True,
+            )
     except ImportError as error:
         raise UnsupportedError(f"{folder} needs a package that is not there: {_first_line(error)}") from error
     except MemoryError:
@@ -176,6 +174,21 @@ def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
     if names := sorted(map(str, info["unexpected_keys"])):
         log.warning("%s: %d weights that %s does not use: %s", folder, len(names), type(model).__name__, names[0])
     return model.eval()
+
+
+@contextlib.contextmanager
+def _one_by_one() -> Iterator[None]:
+    """transformers would read weights ahead in threads: all that are to be merged would stand in memory beside what is
+    made of them."""
+    name = "HF_DEACTIVATE_ASYNC_LOAD"
+    before = os.environ.get(name)
+    os.environ[name] = "1"
+    try:
+        yield
+    finally:
+        os.environ.pop(name)
+        if before is not None:
+            os.environ[name] = before
 
 
 def _check_type(folder: Path, config: Mapping[str, Any]) -> None:

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from llmopt.beam_requests import beam_requests
 from llmopt.compiler.errors import InputError
 from llmopt.request_builder import Message, Prompt, RequestBuilder
 from llmopt.runtime.adapters import Adapter, LoRARequest
@@ -18,8 +19,7 @@ from llmopt.runtime.beam_search import BeamSearchParams
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.generation import SequenceGroup, run_groups
 from llmopt.runtime.metrics import Metrics
-from llmopt.runtime.outputs import BeamSearchOutput, BeamSearchSequence, CompletionOutput, RequestOutput, StreamChunk
-from llmopt.runtime.paged_beams import PagedBeams
+from llmopt.runtime.outputs import BeamSearchOutput, CompletionOutput, RequestOutput, StreamChunk
 from llmopt.runtime.sampling import SamplingParams
 from llmopt.served_model import ServedModel
 
@@ -65,17 +65,20 @@ class LLM:
         priority: Sequence[int] | None = None,
         cache_salt: str | None = None,
     ) -> list[RequestOutput]:
-        """Continues every prompt (text, or token ids) and returns the outputs in order.
+        """Continues every prompt and returns the outputs in order.
 
         Args:
-            prompts: one or several, each a text or token ids.
+            prompts: one or several, each a text, token ids, or as in vLLM `{"prompt": text}`, `{"prompt_token_ids":
+                ids}` or `{"prompt_embeds": tensor}`: embeddings `[S, H]` of the model's dtype, as `inputs_embeds` of
+                transformers, which need the option `enable_prompt_embeds`.
             sampling_params: for all, or one for each.
             use_tqdm: show a progress bar.
             lora_request: an adapter for all prompts, or for each one or None; needs the option `enable_lora`.
             priority: for each prompt; lower goes first, and equals in the order given.
             cache_salt: keys and values are shared only with calls of the same salt.
 
-        Raises InputError for an empty prompt, one that is too long, or a token id out of range, and OptionError for
+        Raises InputError for an empty prompt, one that is too long, a token id out of range or embeddings that do not
+        fit, and OptionError for
         parameters that do not suit the model (see `ConstraintCompiler`), AdapterError or UnsupportedError for an
         adapter that cannot be used, before any work.
         """
@@ -143,26 +146,25 @@ class LLM:
             reason = update.request.finish_reason if update.is_last else None
             yield StreamChunk(update.index, update.text, update.token, reason, update.sequence)
 
-    def beam_search(self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams) -> list[BeamSearchOutput]:
+    def beam_search(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: BeamSearchParams,
+        *,
+        lora_request: LoRARequest | Sequence[LoRARequest | None] | None = None,
+    ) -> list[BeamSearchOutput]:
         """The likeliest continuations of every prompt, best first, as transformers' `generate(num_beams=...)` has them.
 
-        Raises InputError as `generate`.
+        Prompts, adapters and errors as those of `generate`.
         """
-        core, codec = self._engine_core(), self._model.codec
-        texts, ids = self._requests.encode(prompts)
-        for prompt in ids:
-            core.check(prompt, SamplingParams(max_tokens=params.max_tokens))
-            if len(prompt) + params.max_tokens > self.max_model_len:
-                raise InputError(
-                    f"{len(prompt)} prompt tokens and max_tokens={params.max_tokens} are more than "
-                    f"max_model_len={self.max_model_len}"
-                )
-        outputs = []
-        for text, prompt in zip(texts, ids, strict=True):
-            beams = PagedBeams(core.program, prompt, params, core.eos_token_ids).run()
-            sequences = (BeamSearchSequence(b.tokens, codec.decode(b.tokens) if codec else "", b.score) for b in beams)
-            outputs.append(BeamSearchOutput(text, tuple(prompt), tuple(sequences)))
-        return outputs
+        core = self._engine_core()
+        given = self._requests.each(prompts)
+        adapters = self._adapters(core, lora_request, len(given))
+        searches = beam_requests(core, self._requests, given, params, adapters)
+        for search in searches:
+            while search.advance():
+                pass
+        return [search.output() for search in searches]
 
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` takes where no parameters are given: those of the model's generation configuration.

@@ -39,7 +39,6 @@ class PagedCache:
 
     Args:
         program: bound to its weights.
-        prompt_program: the same for the prompts: of token ids or of embeddings.
         rows_per_prompt: into how many rows the loop expands each row of its input.
         new_tokens: most tokens that are generated.
         chunk: most tokens of prompts that one step computes.
@@ -50,10 +49,8 @@ class PagedCache:
     is_linear = (False,)
     is_sliding = (False,)
 
-    def __init__(
-        self, program: StepProgram, prompt_program: StepProgram, rows_per_prompt: int, new_tokens: int, chunk: int
-    ) -> None:
-        self._program, self._prompt_program, self._chunk = program, prompt_program, chunk
+    def __init__(self, program: StepProgram, rows_per_prompt: int, new_tokens: int, chunk: int) -> None:
+        self._program, self._chunk = program, chunk
         self._rows_per_prompt, self._new_tokens = rows_per_prompt, new_tokens
         self._rows: PagedRows | None = None
         self._width = 0
@@ -70,17 +67,17 @@ class PagedCache:
     def advance(self, ids: Tensor, mask: Tensor | None) -> Tensor:
         """Logits `[B, 1, V]` after the columns `ids[B, T]`; `mask[B, S]` is 0 for padding, which is on the left.
 
-        At first they may be embeddings `[B, T, H]`.
+        At first they may be embeddings `[B, T, H]`, where the program takes them.
         """
         if self._rows is None:
             rows = list(ids)
             if mask is not None:
                 rows = [row[keep] for row, keep in zip(ids, mask[:, : ids.shape[1]].bool(), strict=True)]
-            prompts = rows if ids.ndim == 3 else [row.tolist() for row in rows]
+            prompts = [row.detach() for row in rows] if ids.ndim == 3 else [row.tolist() for row in rows]
             lengths = [len(prompt) for prompt in prompts[:: self._rows_per_prompt]]
             needed = PagedRows.blocks_needed(lengths, self._rows_per_prompt, self._new_tokens, self._program.block_size)
             self._rows = PagedRows(self._program, needed, self._chunk)
-            logits = self._rows.prefill(prompts, self._prompt_program)
+            logits = self._rows.prefill(prompts)
         elif ids.shape[1] == 1:
             logits = self._rows.step(ids[:, 0].tolist())
         else:

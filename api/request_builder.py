@@ -6,6 +6,8 @@ import threading
 from collections.abc import Mapping, Sequence
 from typing import Any, cast
 
+from torch import Tensor
+
 from llmopt.compiler.errors import InputError
 from llmopt.runtime.chat_template import ChatTemplate
 from llmopt.runtime.generation import Job
@@ -13,7 +15,9 @@ from llmopt.runtime.sampling import ConstraintCompiler, Constraints, SamplingPar
 from llmopt.runtime.text import TextCodec
 from llmopt.served_model import ServedModel
 
-Prompt = str | Sequence[int]
+# A text, token ids, or one of vLLM's dicts: {"prompt": text}, {"prompt_token_ids": ids}, {"prompt_embeds": tensor}.
+Prompt = str | Sequence[int] | Mapping[str, Any]
+_KINDS = ("prompt", "prompt_token_ids", "prompt_embeds")
 Message = Mapping[str, Any]
 
 
@@ -29,20 +33,37 @@ class RequestBuilder:
         self._lock = threading.Lock()
         self._constraints: ConstraintCompiler | None = None
 
-    def encode(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int]]]:
-        """Texts, where given, and token ids, of one prompt or several. Raises InputError for what is neither."""
-        if isinstance(prompts, str):
-            prompts = [prompts]
-        elif isinstance(prompts, Mapping) or not hasattr(prompts, "__len__"):
-            raise InputError(f"prompts are texts or lists of token ids, got {prompts!r:.80}")
-        elif len(prompts) > 0 and isinstance(prompts[0], int):
-            prompts = [cast(Sequence[int], prompts)]
+    @property
+    def codec(self) -> TextCodec | None:
+        """Makes text of tokens, None without a tokenizer."""
+        return self._codec
+
+    @staticmethod
+    def each(prompts: Prompt | Sequence[Prompt]) -> Sequence[Prompt]:
+        """One prompt or several as several; raises InputError for what is neither."""
+        if isinstance(prompts, str | Mapping):
+            return [prompts]
+        if not hasattr(prompts, "__len__"):
+            raise InputError(f"prompts are texts, lists of token ids or dicts, got {prompts!r:.80}")
+        if len(prompts) > 0 and isinstance(prompts[0], int):
+            return [cast(Sequence[int], prompts)]
+        return cast(Sequence[Prompt], prompts)
+
+    def encode(self, prompts: Prompt | Sequence[Prompt]) -> tuple[list[str | None], list[list[int] | Tensor]]:
+        """Texts, where given, and token ids or embeddings, of one prompt or several.
+
+        Raises InputError for what is neither.
+        """
         texts: list[str | None] = []
-        ids: list[list[int]] = []
-        for prompt in prompts:
-            texts.append(prompt if isinstance(prompt, str) else None)
-            ids.append(self._text(prompt) if isinstance(prompt, str) else _token_ids(prompt))
-        return texts, ids
+        encoded: list[list[int] | Tensor] = []
+        for prompt in self.each(prompts):
+            given = _content(prompt) if isinstance(prompt, Mapping) else prompt
+            texts.append(given if isinstance(given, str) else None)
+            if isinstance(given, Tensor) and isinstance(prompt, Mapping) and "prompt_embeds" in prompt:
+                encoded.append(given)
+            else:
+                encoded.append(self._text(given) if isinstance(given, str) else _token_ids(given))
+        return texts, encoded
 
     def render(
         self,
@@ -76,20 +97,20 @@ class RequestBuilder:
 
         Whether the engine could serve them is for `SequenceGroup` to check.
         """
-        texts, ids = self.encode(prompts)
+        texts, encoded = self.encode(prompts)
         given: Any = self._model.default_sampling_params() if sampling_params is None else sampling_params
-        many: list[SamplingParams] = list(given) if isinstance(given, list | tuple) else [given] * len(ids)
+        many: list[SamplingParams] = list(given) if isinstance(given, list | tuple) else [given] * len(encoded)
         for each in many:
             if not isinstance(each, SamplingParams):
                 raise InputError(f"sampling parameters are SamplingParams, got {each!r:.80}")
-        if len(many) != len(ids):
-            raise InputError(f"{len(ids)} prompts but {len(many)} sampling parameters")
-        if priority is not None and len(priority) != len(ids):
-            raise InputError(f"{len(ids)} prompts but {len(priority)} priorities")
+        if len(many) != len(encoded):
+            raise InputError(f"{len(encoded)} prompts but {len(many)} sampling parameters")
+        if priority is not None and len(priority) != len(encoded):
+            raise InputError(f"{len(encoded)} prompts but {len(priority)} priorities")
         if any(p.stop for p in many) and self._codec is None:
             raise InputError("stop strings need a tokenizer; use stop_token_ids, or pass a tokenizer with the model")
         compiled = {id(each): self._compile(each) for each in many}
-        ranks = priority or [0] * len(ids)
+        ranks = priority or [0] * len(encoded)
         return [
             Job(
                 prompt,
@@ -101,7 +122,7 @@ class RequestBuilder:
                 priority=rank,
                 cache_salt=cache_salt,
             )
-            for text, prompt, each, rank in zip(texts, ids, many, ranks, strict=True)
+            for text, prompt, each, rank in zip(texts, encoded, many, ranks, strict=True)
         ]
 
     def _compile(self, params: SamplingParams) -> Constraints:
@@ -126,3 +147,17 @@ def _token_ids(prompt: Any) -> list[int]:
     if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
         raise InputError(f"a prompt is a text or a list of token ids, got {prompt!r:.80}")
     return [token.item() if hasattr(token, "item") else token for token in prompt]
+
+
+def _content(prompt: Mapping[str, Any]) -> Any:
+    """What a dict has as its prompt: a text, token ids, or the tensor of embeddings."""
+    kinds = [name for name in _KINDS if name in prompt]
+    if len(kinds) != 1 or len(prompt) != 1:
+        raise InputError(f"a prompt's dict has one key of {_KINDS} and no other, got {sorted(map(str, prompt))}")
+    content = prompt[kinds[0]]
+    wanted = {"prompt": str, "prompt_embeds": Tensor}.get(kinds[0])
+    if wanted is not None and not isinstance(content, wanted):
+        raise InputError(f"{kinds[0]} must be a {wanted.__name__}, got {content!r:.80}")
+    if wanted is None and isinstance(content, str):
+        raise InputError(f"{kinds[0]} must be token ids, got {content!r:.80}")
+    return content

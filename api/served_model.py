@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 # Options that shape the compiled program; the others are about running it.
 _DECIDED_AT_EXPORT = frozenset(
     {"dtype", "block_size", "kv_cache_dtype", "batch_invariant", "enable_lora", "max_loras", "max_lora_rank"}
-    | {"disabled_passes", "fuel", "verify", "fallback"}
+    | {"enable_prompt_embeds", "disabled_passes", "fuel", "verify", "fallback"}
 )
 
 

@@ -19,16 +19,8 @@ class _Done(Exception):
     """Leaves the compiled call once the graph is in hand."""
 
 
-def trace_forward(
-    forward: Forward,
-    length: int,
-    device: torch.device | str = "cpu",
-    *,
-    embeddings: tuple[int, torch.dtype] | None = None,
-) -> tuple[Captured, list[Any]]:
+def trace_forward(forward: Forward, length: int, device: torch.device | str = "cpu") -> tuple[Captured, list[Any]]:
     """The graph of `forward(input_ids[1, S]) -> logits[1, S, V]` with S symbolic, and its arguments.
-
-    With `embeddings`, their size and dtype, it is that of `forward(inputs_embeds[1, S, H])`.
 
     Dynamo works on fake tensors and the result is never run, so `length` costs nothing. It should be the longest
     sequence that the model takes: a sliding window shows in the graph only if the prompt is longer than the window.
@@ -54,8 +46,7 @@ def trace_forward(
     # A code object of its own: Dynamo counts recompilations by code object, and other models have passed here.
     code = template.__code__.replace(co_name=f"forward_{id(forward):x}")
     fresh = types.FunctionType(code, template.__globals__, "forward", None, template.__closure__)
-    size, dtype = ((embeddings[0],), embeddings[1]) if embeddings is not None else ((), torch.int64)
-    ids = torch.zeros((1, max(2, length), *size), dtype=dtype, device=device)
+    ids = torch.zeros((1, max(2, length)), dtype=torch.int64, device=device)
     torch._dynamo.mark_dynamic(ids, 1)
     try:
         with torch.no_grad():

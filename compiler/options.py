@@ -50,6 +50,7 @@ class Options:
     enable_lora: requests may bring a LoRA adapter each. Step programs only.
     max_loras: adapters that one step may use; others wait for their turn.
     max_lora_rank: largest rank of an adapter.
+    enable_prompt_embeds: prompts may be given as embeddings (`{"prompt_embeds": tensor}`). Step programs only.
     disabled_passes: names of passes that are left out (also `LLMOPT_DISABLE`, comma separated).
     fuel: stop rewriting after so many matches, to bisect a wrong result; -1 is unlimited (also `LLMOPT_FUEL`).
     verify: run the graph before and after each pass on random inputs and raise when a pass exceeds its error budget
@@ -81,6 +82,7 @@ class Options:
     enable_lora: bool = False
     max_loras: int = 4
     max_lora_rank: int = 16
+    enable_prompt_embeds: bool = False
     disabled_passes: tuple[str, ...] = ()
     fuel: int = -1
     verify: bool | str = False
@@ -204,6 +206,7 @@ _RULES: dict[str, Callable[[str, Any], None]] = {
     "enable_lora": _one_of(True, False),
     "max_loras": _whole(1, MAX_LORAS),
     "max_lora_rank": _whole(1, 512),
+    "enable_prompt_embeds": _one_of(True, False),
     "disabled_passes": _names,
     "fuel": _whole(-1),
     "verify": _choice(True, False, "revert"),

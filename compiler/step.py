@@ -12,7 +12,6 @@ from llmopt.compiler.kv_formats import row_bytes
 
 # Inputs of a step over T tokens of B requests, of which the logits of R rows are wanted:
 # input_ids[T], positions[T], slot_mapping[T], cu_seqlens_q[B + 1], seq_lens[B], block_tables[B, N], logits_indices[R].
-# A step over embeddings has them where others have token ids: input_ids[T, H], of the model's dtype.
 STEP_INPUTS: dict[str, torch.dtype] = {
     "input_ids": torch.int64,
     "positions": torch.int64,
@@ -33,6 +32,9 @@ WINDOW_INPUTS: dict[str, torch.dtype] = {
 # Further inputs of a step with adapters, behind the caches: adapter_index[T] is the slot of each token's adapter, -1
 # for none; then what the slots hold, see `LoraSpec`.
 LORA_INPUTS = ("adapter_index", "lora_pool", "lora_ranks", "lora_scales")
+# Last, of a step whose tokens may be given as embeddings: prompt_embeds_index[T], int64, is the row of
+# prompt_embeds[E, H], of the dtype of the model's embeddings, that stands for a token, -1 for one with an id.
+EMBEDS_INPUTS = ("prompt_embeds_index", "prompt_embeds")
 
 
 @dataclass(frozen=True)
@@ -120,3 +122,11 @@ class LoraSpec:
     def slot_elements(self) -> int:
         """Elements of one slot."""
         return self.offsets[-1]
+
+
+@dataclass(frozen=True)
+class EmbedsSpec:
+    """The embeddings that a step program takes: rows of `size` numbers of `dtype`."""
+
+    size: int
+    dtype: torch.dtype

@@ -175,6 +175,7 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
         "seq_lens": torch.tensor(lengths),
         "logits_indices": ends - 1,
         "adapter_index": torch.arange(sum(counts)) % 2 - 1,
+        "prompt_embeds_index": torch.arange(sum(counts)) % 3 - 1,
     }
     for prefix in ("", "window_"):
         order = torch.randperm(sum(needed) + 1, generator=rng).tolist()
@@ -187,10 +188,10 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
         step[f"{prefix}slot_mapping"], step[f"{prefix}block_tables"] = torch.tensor(slots), tables
     made = []
     for node in nodes:
-        if node.name == "input_ids" and tensor(node).ndim == 2:  # embeddings of the tokens
-            made.append(_random_tensor([sum(counts), int(tensor(node).shape[1])], tensor(node).dtype, rng))
-        elif node.name in step:
+        if node.name in step:
             made.append(step[node.name].to(tensor(node).dtype))
+        elif node.name == "prompt_embeds":
+            made.append(_random_tensor([2, int(tensor(node).shape[1])], tensor(node).dtype, rng))
         elif node in caches:
             made.append(_random_tensor([sum(needed) + 1, *map(int, tensor(node).shape[1:])], tensor(node).dtype, rng))
         else:

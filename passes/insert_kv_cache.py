@@ -1,8 +1,8 @@
 """Turns a cache-less causal model into one step over a ragged batch with a paged KV cache.
 
-The captured graph computes `logits[1, S, V]` from `input_ids[1, S]`, or from `inputs_embeds[1, S, H]`. Nothing in it
-knows about caches. If all that mixes positions is causal attention, then the S rows may as well be the tokens of many
-requests, provided that attention looks up each request's own keys and that positions are given instead of counted.
+The captured graph computes `logits[1, S, V]` from `input_ids[1, S]`. Nothing in it knows about caches. If all that
+mixes positions is causal attention, then the S rows may as well be the tokens of many requests, provided that attention
+looks up each request's own keys and that positions are given instead of counted.
 """
 
 from __future__ import annotations
@@ -13,8 +13,6 @@ from typing import Any
 import sympy
 import torch
 from torch import fx
-from torch._dynamo.source import ConstantSource
-from torch.fx.experimental.symbolic_shapes import DimDynamic
 from torch.fx.node import Node
 
 from llmopt.compiler.errors import UnsupportedError
@@ -37,9 +35,7 @@ from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.matching import depends_only_on
 from llmopt.passes.point_values import NotEvaluable, PointValues
 from llmopt.passes.row_locality import ATTENTION, RowLocality, is_row_map
-
-# Hints of the new symbols: distinct, and neither 0 nor 1, which PyTorch would specialise.
-_HINTS = {"num_seqs": 5, "max_blocks": 7, "num_rows": 3, "num_blocks": 23, "num_window_blocks": 19}
+from llmopt.passes.step_inputs import add_input, new_size
 
 
 @dataclass
@@ -90,29 +86,22 @@ class InsertKVCache(Pass):
 
 
 def _inputs(graph: fx.Graph) -> tuple[Node | None, Node]:
-    """The sequence length, and token ids or embeddings: all that a cache-less forward may take besides weights."""
+    """The sequence length and the token ids: all that a cache-less forward may take besides weights."""
     user = [n for n in placeholders(graph) if not n.meta.get("weight")]
     ids = [n for n in user if is_tensor(n)]
     sizes = [n for n in user if not is_tensor(n)]
-    if len(ids) != 1 or len(sizes) > 1 or tensor(ids[0]).ndim not in (2, 3) or tensor(ids[0]).shape[0] != 1:
+    if len(ids) != 1 or len(sizes) > 1 or tensor(ids[0]).ndim != 2 or tensor(ids[0]).shape[0] != 1:
         names = [n.name for n in user]
-        raise UnsupportedError(f"a step graph is made from input_ids[1, S] or inputs_embeds[1, S, H], not from {names}")
+        raise UnsupportedError(f"a step graph is made from input_ids[1, S], not from {names}")
     return (sizes[0] if sizes else None), ids[0]
-
-
-def _new_size(rewriter: Rewriter, name: str) -> torch.SymInt:
-    env: Any = rewriter.mode.shape_env
-    source = ConstantSource(name)
-    symbol = env.create_symbol(_HINTS[name], source, DimDynamic.DYNAMIC, None)
-    return env.create_symintnode(symbol, hint=_HINTS[name], source=source)
 
 
 def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | None, block_size: int) -> StepInputs:
     step = StepInputs()
     tokens = tensor(ids).shape[1]
-    seqs, blocks, rows = (_new_size(rewriter, n) for n in ("num_seqs", "max_blocks", "num_rows"))
+    seqs, blocks, rows = (new_size(rewriter, n) for n in ("num_seqs", "max_blocks", "num_rows"))
     shapes: dict[str, tuple[Any, ...]] = {
-        "input_ids": (tokens, *tensor(ids).shape[2:]),
+        "input_ids": (tokens,),
         "positions": (tokens,),
         "slot_mapping": (tokens,),
         "cu_seqlens_q": (seqs + 1,),
@@ -121,12 +110,8 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
         "logits_indices": (rows,),
     }
     first = placeholders(graph)[0]
-    for name, dtype in {**STEP_INPUTS, "input_ids": tensor(ids).dtype}.items():
-        with graph.inserting_before(first):
-            node = graph.placeholder(name)
-        with rewriter.mode:
-            node.meta["val"] = torch.empty(shapes[name], dtype=dtype, device=tensor(ids).device)
-        step.nodes[name] = node
+    for name, dtype in STEP_INPUTS.items():
+        step.nodes[name] = add_input(rewriter, first, name, shapes[name], dtype, tensor(ids).device)
     after = placeholders(graph)[-1].next
     with rewriter.before(after):
         flat = rewriter.call(aten.unsqueeze.default, step.nodes["input_ids"], 0)
@@ -236,9 +221,9 @@ def _replace_attention(
     first_weight = next(n for n in placeholders(graph) if n.name not in STEP_INPUTS)
     nodes = list(nodes_of(graph, ATTENTION))
     grouped = len({bool(node.args[7]) for node in nodes}) == 2
-    num_blocks = [_new_size(rewriter, name) for name in ("num_blocks", "num_window_blocks")[: 1 + grouped]]
+    num_blocks = [new_size(rewriter, name) for name in ("num_blocks", "num_window_blocks")[: 1 + grouped]]
     if grouped:
-        _add_window_inputs(graph, rewriter, step, first_weight)
+        _add_window_inputs(rewriter, step, first_weight)
     for layer, node in enumerate(nodes):
         q, k, v, mask, causal, scale, softcap, window, slopes, sinks = node.args
         if mask is not None or not causal:
@@ -254,11 +239,8 @@ def _replace_attention(
         step.caches.append(spec)
         caches = []
         for name, width in zip((f"k_cache_{layer}", f"v_cache_{layer}"), spec.row_sizes, strict=True):
-            with graph.inserting_before(first_weight):
-                cache = graph.placeholder(name)
-            with rewriter.mode:
-                shape = (num_blocks[spec.group], heads, settings.block_size, width)
-                cache.meta["val"] = torch.empty(shape, dtype=spec.storage_dtype, device=tensor(k).device)
+            shape = (num_blocks[spec.group], heads, settings.block_size, width)
+            cache = add_input(rewriter, first_weight, name, shape, spec.storage_dtype, tensor(k).device)
             cache.meta["cache"] = spec
             caches.append(cache)
         pages = tuple(WINDOW_INPUTS) if spec.group else ("slot_mapping", "block_tables")
@@ -277,15 +259,11 @@ def _replace_attention(
         )
 
 
-def _add_window_inputs(graph: fx.Graph, rewriter: Rewriter, step: StepInputs, before: Node) -> None:
+def _add_window_inputs(rewriter: Rewriter, step: StepInputs, before: Node) -> None:
     """The block tables of layers with a window: of the others' shapes, since both list every page of a request."""
     for name, dtype in WINDOW_INPUTS.items():
-        with graph.inserting_before(before):
-            node = graph.placeholder(name)
-        with rewriter.mode:
-            like = tensor(step.nodes[name.removeprefix("window_")])
-            node.meta["val"] = torch.empty(like.shape, dtype=dtype, device=like.device)
-        step.nodes[name] = node
+        like = tensor(step.nodes[name.removeprefix("window_")])
+        step.nodes[name] = add_input(rewriter, before, name, like.shape, dtype, like.device)
 
 
 def _gather_logits(graph: fx.Graph, rewriter: Rewriter, step: StepInputs, symbol: sympy.Symbol) -> None:

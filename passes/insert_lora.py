@@ -16,6 +16,7 @@ from llmopt.compiler.graph import Rewriter, aten, is_op, nodes_of, placeholders,
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.step import LORA_INPUTS, LoraSpec, LoraTarget
 from llmopt.compiler.vocabulary import llmopt_ops
+from llmopt.passes.step_inputs import add_input, behind_caches
 
 LINEAR = llmopt_ops.linear.default
 
@@ -148,13 +149,7 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, spec: LoraSpec, ids: Node) 
         "lora_ranks": (table, torch.int32),
         "lora_scales": (table, torch.float32),
     }
-    last_cache = [node for node in placeholders(graph) if "cache" in node.meta][-1]
-    made: dict[str, Node] = {}
-    with graph.inserting_before(last_cache.next):
-        for name in LORA_INPUTS:
-            shape, dtype = described[name]
-            made[name] = graph.placeholder(name)
-            with rewriter.mode:
-                made[name].meta["val"] = torch.empty(shape, dtype=dtype, device=tensor(ids).device)
+    before = behind_caches(placeholders(graph))
+    made = {name: add_input(rewriter, before, name, *described[name], tensor(ids).device) for name in LORA_INPUTS}
     made["lora_pool"].meta["lora"] = spec
     return made

@@ -8,6 +8,7 @@ from llmopt.passes.eliminate_common import EliminateCommon
 from llmopt.passes.fuse_residual_norm import FuseResidualNorm
 from llmopt.passes.insert_kv_cache import InsertKVCache
 from llmopt.passes.insert_lora import InsertLora
+from llmopt.passes.insert_prompt_embeds import InsertPromptEmbeds
 from llmopt.passes.merge_linears import MergeLinears
 from llmopt.passes.normalize import Normalize, SimplifyViews
 from llmopt.passes.raise_activations import RaiseActivations
@@ -58,23 +59,28 @@ def backend_pipeline() -> tuple[Pass, ...]:
     return with_registered(BACKEND)
 
 
-def step_pipeline(block_size: int, kv_dtype: str = "auto", lora: InsertLora | None = None) -> tuple[Pass, ...]:
+def step_pipeline(
+    block_size: int, kv_dtype: str = "auto", lora: InsertLora | None = None, *, prompt_embeds: bool = False
+) -> tuple[Pass, ...]:
     """The step program: a cache-less graph becomes one step over a paged cache with pages of `block_size` tokens.
 
-    With `lora`, each token may have an adapter.
+    With `lora`, each token may have an adapter; with `prompt_embeds`, an embedding of its own.
     """
     merge, *rest = FUSING
+    cached = InsertKVCache(block_size=block_size, kv_dtype=kv_dtype)
+    given = (InsertPromptEmbeds(),) if prompt_embeds else ()
     adapted = (lora,) if lora is not None else ()
-    return with_registered((*RAISING, InsertKVCache(block_size=block_size, kv_dtype=kv_dtype), merge, *adapted, *rest))
+    return with_registered((*RAISING, cached, *given, merge, *adapted, *rest))
 
 
-pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16, lora=InsertLora()))
+pass_manager.ALL_PASS_NAMES.update(item.name for item in step_pipeline(16, lora=InsertLora(), prompt_embeds=True))
 
 __all__ = [
     "BACKEND",
     "FUSING",
     "RAISING",
     "InsertLora",
+    "InsertPromptEmbeds",
     "backend_pipeline",
     "register_pass",
     "step_pipeline",

@@ -27,12 +27,20 @@ def root_key(*parts: str | None) -> bytes:
     return digest.digest()
 
 
-def block_key(parent: bytes, tokens: Sequence[int]) -> bytes:
+def block_key(parent: bytes, tokens: Sequence[int], embeds: bytes | None = None) -> bytes:
     """The key of a full block: SHA-256 over the key before it and its tokens, so that it stands for the whole prefix.
+
+    `embeds` is the content of the tokens before these that were given as embeddings; b"" where there are none in this
+    block of a chain that has some.
 
     A key decides whose keys and values a request reads, hence a hash that nobody can find collisions of.
     """
-    return hashlib.sha256(parent + array("q", tokens).tobytes()).digest()
+    digest = hashlib.sha256(parent)
+    if embeds is not None:
+        digest.update(array("q", [len(embeds)]))
+        digest.update(embeds)
+    digest.update(array("q", tokens))
+    return digest.digest()
 
 
 class BlockPool:

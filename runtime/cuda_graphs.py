@@ -22,9 +22,9 @@ PADDED_SIZES = (1, 2, 4, 8, 16, 24, 32, 48, 64, 96, 128)  # requests of a captur
 
 
 def is_decode(batch: StepBatch) -> bool:
-    """Whether every request of a batch computes one token and wants its logits."""
+    """Whether every request of a batch computes one token, which has an id, and wants its logits."""
     requests = batch.seq_lens.shape[0]
-    return batch.input_ids.shape[0] == requests == batch.logits_indices.shape[0]
+    return batch.prompt_embeds is None and batch.input_ids.shape[0] == requests == batch.logits_indices.shape[0]
 
 
 def padded_size(requests: int) -> int | None:

@@ -10,7 +10,7 @@ from typing import Protocol
 
 import torch
 
-from llmopt.compiler.errors import InputError, RequestError
+from llmopt.compiler.errors import InputError, OptionError, RequestError
 from llmopt.compiler.options import Options
 from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.adapters import Adapter, Adapters, LoRARequest
@@ -19,6 +19,7 @@ from llmopt.runtime.cache_sizes import cache_sizes, host_sizes
 from llmopt.runtime.metrics import Metrics
 from llmopt.runtime.overlap import Flight, Worker, overlaps
 from llmopt.runtime.peft_folder import read_adapter, stamp
+from llmopt.runtime.prompt_embeds import PromptEmbeds, checked_embeds, with_prompt_embeds
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import (
     Constraints,
@@ -89,13 +90,28 @@ class EngineCore:
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
+    def prompt(self, given: Sequence[int] | torch.Tensor | PromptEmbeds) -> Sequence[int] | PromptEmbeds:
+        """A prompt of token ids as it is, one of embeddings copied; raises InputError as `checked_embeds`."""
+        return checked_embeds(given, self.program.prompt_embeds) if isinstance(given, torch.Tensor) else given
+
     def check(
-        self, prompt: Sequence[int], params: SamplingParams, *, priority: int = 0, cache_salt: str | None = None
+        self,
+        prompt: Sequence[int] | PromptEmbeds,
+        params: SamplingParams,
+        *,
+        priority: int = 0,
+        cache_salt: str | None = None,
     ) -> None:
-        """Raises InputError for a request that could never be served, before any work is done."""
-        for token in prompt:
-            if type(token) is not int or not 0 <= token < self.vocab_size:
-                raise InputError(f"token id {token!r} is not in 0..{self.vocab_size - 1}")
+        """Raises InputError or OptionError for a request that could never be served, before any work is done."""
+        if isinstance(prompt, PromptEmbeds):
+            if params.prompt_logprobs is not None:
+                raise OptionError(
+                    "prompt_logprobs", params.prompt_logprobs, "None with prompt_embeds, which have no ids"
+                )
+        else:
+            for token in prompt:
+                if type(token) is not int or not 0 <= token < self.vocab_size:
+                    raise InputError(f"token id {token!r} is not in 0..{self.vocab_size - 1}")
         self.scheduler.check(len(prompt), params.max_tokens)
         if not isinstance(priority, int) or isinstance(priority, bool) or abs(priority) >= 1 << 31:
             raise InputError(f"priority must be a whole number of 32 bits, got {priority!r}")
@@ -104,7 +120,7 @@ class EngineCore:
 
     def add_request(
         self,
-        prompt: Sequence[int],
+        prompt: Sequence[int] | torch.Tensor | PromptEmbeds,
         params: SamplingParams,
         *,
         request_id: str | None = None,
@@ -119,7 +135,7 @@ class EngineCore:
         """Queues a request; it runs in the steps that follow.
 
         Args:
-            prompt: token ids.
+            prompt: token ids, or embeddings `[S, H]` where the program takes them.
             params: how to continue it.
             request_id: a name for `abort` and `fork`; by default one is made.
             priority: lower goes first.
@@ -131,16 +147,19 @@ class EngineCore:
 
         Raises InputError for a request that could never be served, QueueFullError when too many wait.
         """
+        prompt = self.prompt(prompt)
         self.check(prompt, params, priority=priority, cache_salt=cache_salt)
         if adapter is not None and self.adapters is None:
             raise InputError("this program takes no adapters: it was made with enable_lora=False")
         with self._lock:
             name = self._new_id() if request_id is None else request_id
+        embeds = prompt if isinstance(prompt, PromptEmbeds) else None
         request = Request(
             name,
-            list(prompt),
+            [0] * len(prompt) if isinstance(prompt, PromptEmbeds) else list(prompt),
             len(prompt),
             params,
+            prompt_embeds=embeds,
             priority=priority,
             cache_salt=cache_salt,
             adapter=adapter.key if adapter is not None else None,
@@ -148,7 +167,7 @@ class EngineCore:
             stop_check=stop_check,
             outbox=outbox,
         )
-        request.sampling_state = SamplingState(params, tuple(prompt), stream, constraints=constraints)
+        request.sampling_state = SamplingState(params, request.prompt_ids, stream, constraints=constraints)
         with self._lock:
             self.scheduler.add(request)
         return request
@@ -174,14 +193,14 @@ class EngineCore:
 
         Where the first has ended already, its pages are found as any prefix is. Arguments and errors as `add_request`.
         """
-        prompt = parent.tokens[: parent.num_prompt]
         with self._lock:
             name = self._new_id()
         child = Request(
             name,
-            prompt,
+            parent.tokens[: parent.num_prompt],
             parent.num_prompt,
             parent.params,
+            prompt_embeds=parent.prompt_embeds,
             priority=parent.priority,
             cache_salt=parent.cache_salt,
             adapter=parent.adapter,
@@ -189,7 +208,7 @@ class EngineCore:
             stop_check=stop_check,
             outbox=outbox,
         )
-        child.sampling_state = SamplingState(parent.params, tuple(prompt), stream, constraints=constraints)
+        child.sampling_state = SamplingState(parent.params, parent.prompt_ids, stream, constraints=constraints)
         # The prompt is the same: its log probabilities are the first one's.
         child.prompt_logprobs = parent.prompt_logprobs
         with self._lock:
@@ -281,8 +300,12 @@ class EngineCore:
             plan.moves.popleft()
         self._load_adapters(plan.chunks)
         # Built here: what happens to requests while the step runs must not reach it.
-        batch = self._builder.build(plan.chunks)
+        batch = self._batch(plan.chunks)
         return Flight(plan, lambda: self._forward(batch), self._worker)
+
+    def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
+        batch = self._builder.build(chunks)
+        return with_prompt_embeds(batch, chunks) if self.program.prompt_embeds is not None else batch
 
     def _settle(self, flight: Flight) -> list[Request]:
         """Chooses tokens from the logits of a step, and takes them to its requests."""
@@ -327,7 +350,7 @@ class EngineCore:
 
     def _alone(self, chunk: Chunk) -> int | Exception | None:
         try:
-            logits = self._forward(self._builder.build([chunk]))
+            logits = self._forward(self._batch([chunk]))
         except Exception as error:
             return _failure(error)
         return self._choose([chunk], logits)[0]

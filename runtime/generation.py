@@ -6,11 +6,14 @@ from collections import deque
 from collections.abc import Generator, Sequence
 from dataclasses import dataclass, field
 
+from torch import Tensor
+
 from llmopt.compiler.errors import QueueFullError
 from llmopt.runtime.adapters import Adapter
 from llmopt.runtime.detokenizer import Detokenizer
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
+from llmopt.runtime.prompt_embeds import PromptEmbeds
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import Constraints, SamplingParams
 from llmopt.runtime.text import TextCodec
@@ -20,7 +23,7 @@ from llmopt.runtime.text import TextCodec
 class Job:
     """A prompt and what to do with it.
 
-    prompt: token ids.
+    prompt: token ids, or embeddings `[S, H]` where the program takes them.
     params: how to continue it, in `params.num_sequences` ways.
     text: what `prompt` was made of.
     codec: makes text of the tokens; None leaves them what they are.
@@ -29,7 +32,7 @@ class Job:
     request_id, priority, cache_salt, adapter: as `EngineCore.add_request` takes them.
     """
 
-    prompt: Sequence[int]
+    prompt: Sequence[int] | Tensor
     params: SamplingParams
     text: str | None = None
     codec: TextCodec | None = None
@@ -56,11 +59,13 @@ class SequenceState:
 class SequenceGroup:
     """A job on an engine. The first continuation is a request; the others fork from it once its prompt is computed.
 
-    Raises InputError, before any work, for a job that could never be served.
+    Raises InputError or OptionError, before any work, for a job that could never be served.
     """
 
     def __init__(self, core: EngineCore, job: Job) -> None:
-        core.check(job.prompt, job.params, priority=job.priority, cache_salt=job.cache_salt)
+        self._prompt = core.prompt(job.prompt)
+        self._prompt_ids = () if isinstance(self._prompt, PromptEmbeds) else tuple(self._prompt)
+        core.check(self._prompt, job.params, priority=job.priority, cache_salt=job.cache_salt)
         self.job, self.core = job, core
         self.sequences: list[SequenceState] = []
         self._outbox: Outbox | None = None
@@ -72,7 +77,7 @@ class SequenceGroup:
         self._outbox, job = outbox, self.job
         detokenizer = self._new_detokenizer()
         request = self.core.add_request(
-            job.prompt,
+            self._prompt,
             job.params,
             request_id=job.request_id,
             priority=job.priority,
@@ -136,7 +141,7 @@ class SequenceGroup:
         if not self.sequences:
             reason = "abort" if finished else None
             unstarted = CompletionOutput(0, "", (), finish_reason=reason)
-            return RequestOutput("", self.job.text, tuple(self.job.prompt), (unstarted,), finished)
+            return RequestOutput("", self.job.text, self._prompt_ids, (unstarted,), finished)
         first = self.sequences[0].request
         completions = [self._completion(sequence) for sequence in self.sequences]
         if len(completions) > params.n:
@@ -147,11 +152,11 @@ class SequenceGroup:
         return RequestOutput(
             first.request_id,
             self.job.text,
-            tuple(self.job.prompt),
+            self._prompt_ids,
             tuple(completions),
             finished,
             self._logprobs_of_prompt(first) if params.prompt_logprobs is not None else None,
-            min(first.num_hit, len(self.job.prompt)),
+            min(first.num_hit, len(self._prompt)),
         )
 
     def _completion(self, sequence: SequenceState) -> CompletionOutput:
@@ -197,7 +202,9 @@ class SequenceGroup:
 
     def _new_detokenizer(self) -> Detokenizer | None:
         job = self.job
-        return Detokenizer(job.codec, job.params, list(job.prompt)) if job.codec and job.params.detokenize else None
+        return (
+            Detokenizer(job.codec, job.params, list(self._prompt_ids)) if job.codec and job.params.detokenize else None
+        )
 
     def _stop_check(self, detokenizer: Detokenizer | None) -> StopCheck | None:
         return detokenizer.stop_check if detokenizer is not None and self.job.params.stop else self.job.stop_check

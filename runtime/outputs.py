@@ -50,7 +50,8 @@ class CompletionOutput:
 class RequestOutput:
     """A prompt and its continuations; a snapshot while `finished` is False.
 
-    prompt: the text, None where token ids were given.
+    prompt: the text, None where token ids or embeddings were given.
+    prompt_token_ids: () where embeddings were given.
     prompt_logprobs: for each token of the prompt, None for the first, with `SamplingParams.prompt_logprobs`.
     num_cached_tokens: how many tokens of the prompt were found in the prefix cache.
     """
@@ -90,7 +91,7 @@ class BeamSearchSequence:
 
 @dataclass(frozen=True)
 class BeamSearchOutput:
-    """The beams of one prompt, best first."""
+    """The beams of one prompt, best first; the prompt as in `RequestOutput`."""
 
     prompt: str | None
     prompt_token_ids: tuple[int, ...]

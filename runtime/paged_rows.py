@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections.abc import Hashable, Sequence
 
 import torch
 from torch import Tensor
 
+from llmopt.runtime.adapters import Adapter, AdapterPool
+from llmopt.runtime.prompt_embeds import place_embeds
 from llmopt.runtime.step_batch import StepBatch
 from llmopt.runtime.step_program import StepProgram
 
@@ -23,13 +26,26 @@ class PagedRows:
         program: bound to its weights.
         num_blocks: pages of the cache; see `blocks_needed`.
         chunk: most tokens of prompts that one step computes.
+        adapter: that all rows have, of the program's kind. It lies in a pool of their own, so that they neither wait
+            for a slot of the engine's nor take one; of a CPU's memory, that takes what the adapter does.
     """
 
-    def __init__(self, program: StepProgram, num_blocks: int, chunk: int = 2048) -> None:
+    def __init__(
+        self, program: StepProgram, num_blocks: int, chunk: int = 2048, adapter: Adapter | None = None
+    ) -> None:
         self._program, self._chunk = program, max(1, chunk)
+        self._pool: AdapterPool | None = None
+        if adapter is not None and program.adapters is not None:
+            self._pool = AdapterPool(program.adapters.spec, program.executable.device)
+            self._pool.load(0, adapter)
         self._cache = program.new_cache(num_blocks)
         self._blocks: list[list[int]] = []
         self._lengths: list[int] = []
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether there are rows."""
+        return bool(self._blocks)
 
     @staticmethod
     def blocks_needed(prompts: Sequence[int], rows: int, new_tokens: int, block_size: int) -> int:
@@ -39,12 +55,11 @@ class PagedRows:
         own = [-(-(length + new_tokens) // block_size) for length in prompts]
         return sum(w + rows * (o - w + 1) for w, o in zip(whole, own, strict=True))
 
-    def prefill(self, prompts: Sequence[Prompt], program: StepProgram | None = None) -> Tensor:
+    def prefill(self, prompts: Sequence[Prompt]) -> Tensor:
         """Begins a row for each prompt; logits `[rows, V]` after each. Equal prompts are computed once.
 
         Args:
-            prompts: token ids; or embeddings `[S, H]`, which `program` takes.
-            program: over the same pages, for the prompts alone; by default the one for everything.
+            prompts: token ids; or embeddings `[S, H]`, where the program takes them.
         """
         if self._blocks:
             raise ValueError("the rows have begun already")
@@ -56,14 +71,13 @@ class PagedRows:
         ends: list[Tensor | None] = [None] * len(distinct)
         left = [(row, 0) for row in range(len(distinct))]
         while left:
-            left = self._prefill_step(program or self._program, distinct, left, ends)
+            left = self._prefill_step(distinct, left, ends)
         self.reorder(place)
         logits = [end for end in ends if end is not None]
         return torch.stack([logits[row] for row in place])
 
     def _prefill_step(
         self,
-        program: StepProgram,
         prompts: Sequence[Prompt],
         left: list[tuple[int, int]],
         ends: list[Tensor | None],
@@ -80,7 +94,7 @@ class PagedRows:
         tokens = [prompts[row][start:end] for row, start, end in taken]
         starts = [start for _, start, _ in taken]
         blocks = [self._blocks[row] for row, _, _ in taken]
-        logits = program(_batch(tokens, starts, blocks, program.block_size), self._cache)
+        logits = self._run(_batch(tokens, starts, blocks, self._program.block_size))
         for (row, _, end), logit in zip(taken, logits, strict=True):
             if end == len(prompts[row]):
                 ends[row] = logit
@@ -110,7 +124,13 @@ class PagedRows:
         self._cache.copy(copies)
         batch = StepBatch.build([[token] for token in tokens], self._lengths, self._blocks, size)
         self._lengths = [length + 1 for length in self._lengths]
-        return self._program(batch, self._cache)
+        return self._run(batch)
+
+    def _run(self, batch: StepBatch) -> Tensor:
+        if self._program.adapters is not None:
+            slot = torch.full(batch.input_ids.shape, -1 if self._pool is None else 0, dtype=torch.int32)
+            batch = dataclasses.replace(batch, adapter_index=slot)
+        return self._program(batch, self._cache, adapters=self._pool)
 
     def contents(self, width: int) -> list[tuple[Tensor, Tensor]] | None:
         """Keys and values of each layer, `[rows, kv_heads, width, size]`: rows end at the right, before them are zeros.
@@ -143,6 +163,11 @@ def _identity(prompt: Prompt) -> Hashable:
 def _batch(
     parts: Sequence[Prompt], starts: Sequence[int], blocks: Sequence[Sequence[int]], block_size: int
 ) -> StepBatch:
-    rows = [part for part in parts if isinstance(part, Tensor)]
-    batch = StepBatch.build([range(len(part)) for part in parts] if rows else parts, starts, blocks, block_size)  # type: ignore[arg-type]
-    return dataclasses.replace(batch, input_ids=torch.cat(rows)) if rows else batch
+    ids = [[0] * len(part) if isinstance(part, Tensor) else part for part in parts]
+    batch = StepBatch.build(ids, starts, blocks, block_size)
+    given = [(part.cpu(), range(end - len(part), end)) for part, end in _with_ends(parts) if isinstance(part, Tensor)]
+    return place_embeds(batch, [rows for rows, _ in given], [place for _, place in given]) if given else batch
+
+
+def _with_ends(parts: Sequence[Prompt]) -> list[tuple[Prompt, int]]:
+    return list(zip(parts, itertools.accumulate(map(len, parts)), strict=True))

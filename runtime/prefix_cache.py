@@ -77,7 +77,18 @@ class PrefixCache:
 
     def extend_keys(self, request: Request, count: int | None = None) -> None:
         """Computes the keys of a request's first `count` pages, or of all that are full."""
-        keys, size = request.keys, self._size
+        keys, size, embeds = request.keys, self._size, request.prompt_embeds
         for index in range(len(keys), len(request.tokens) // size if count is None else count):
-            parent = keys[-1] if keys else root_key(self._fingerprint, request.adapter, request.cache_salt)
-            keys.append(block_key(parent, request.tokens[index * size : (index + 1) * size]))
+            tokens = request.tokens[index * size : (index + 1) * size]
+            parent = keys[-1] if keys else self._root(request)
+            if embeds is None:
+                keys.append(block_key(parent, tokens))
+            else:
+                given = embeds.content(index * size, (index + 1) * size)
+                keys.append(block_key(parent, tokens[max(0, len(embeds) - index * size) :], given))
+
+    def _root(self, request: Request) -> bytes:
+        """What the chain of a request's keys begins with. Embeddings and ids have different ones: whatever numbers they
+        consist of, they never meet."""
+        kind = () if request.prompt_embeds is None else ("prompt_embeds",)
+        return root_key(self._fingerprint, request.adapter, request.cache_salt, *kind)

@@ -140,8 +140,9 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     ]
     if pools != ([(lora.dtype, (lora.max_loras, lora.slot_elements))] if lora is not None else []):
         raise ProgramFileError("the description of adapters does not fit the program")
-    step = StepProgram(program, caches, _positive(data, "block_size", 1024), threads, lora=lora)
+    block_size = _positive(data, "block_size", 1024)
     try:
+        step = StepProgram(program, caches, block_size, threads, lora=lora)
         step.bind([tensors[name].to(step.executable.device) for name in names])
     except InputError as error:
         raise ProgramFileError(str(error)) from error

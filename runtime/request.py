@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Protocol, TypeAlias
 
 if TYPE_CHECKING:
     from llmopt.runtime.adapters import Adapter
+    from llmopt.runtime.prompt_embeds import PromptEmbeds
     from llmopt.runtime.sampling import SamplingParams, TokenLogprobs
 
 # Stands in a request's list of blocks for a page that no layer looks at any more.
@@ -53,6 +54,7 @@ class Request:
         request_id: unique among the requests that have not finished.
         tokens: all known tokens, the prompt first.
         num_prompt: how many of them are the prompt.
+        prompt_embeds: the prompt where it was given as embeddings; its tokens are 0 then, and mean nothing.
         priority: lower is served first; first come, first served among equals.
         cache_salt: requests share cached pages only with requests of the same salt.
         adapter: names what changes the model for this request, by its content; part of the cache key as well.
@@ -72,6 +74,7 @@ class Request:
     tokens: list[int]
     num_prompt: int
     params: SamplingParams
+    prompt_embeds: PromptEmbeds | None = None
     priority: int = 0
     cache_salt: str | None = None
     adapter: str | None = None
@@ -105,6 +108,11 @@ class Request:
     prompt_logprobs: list[TokenLogprobs] = field(default_factory=list)
     # What the sampler keeps for the sequence.
     sampling_state: Any = None
+
+    @property
+    def prompt_ids(self) -> list[int]:
+        """The token ids of the prompt; none where it was given as embeddings."""
+        return self.tokens[: self.num_prompt] if self.prompt_embeds is None else []
 
     @property
     def generated(self) -> list[int]:

@@ -163,7 +163,7 @@ class Scheduler:
             raise InputError(f"there is no unfinished request with the id {parent_id!r}")
         self.add(child)
         count = min(parent.num_computed, len(child.tokens) - 1)
-        same = child.tokens[:count] == parent.tokens[:count]
+        same = child.tokens[:count] == parent.tokens[:count] and child.prompt_embeds is parent.prompt_embeds
         kin = (child.cache_salt, child.adapter) == (parent.cache_salt, parent.adapter)
         if not (count and same and kin and self._seats and parent.status is Status.RUNNING):
             return
@@ -332,7 +332,8 @@ class Scheduler:
             share = self._share(request, budget)
             if not share:
                 break
-            if not self._seats and not self._displace(request, [0] * len(self.pages.groups)):
+            holders = self._slot_holders(request)
+            if not self._seats and not holders and not self._displace(request, [0] * len(self.pages.groups)):
                 break
             swapped = request.status is Status.SWAPPED
             hit: list[list[int]] = [[] for _ in self.pages.groups]
@@ -343,8 +344,8 @@ class Scheduler:
             start, growth = self.pages.needed_to_start(request, hit), self.pages.growth(self.running)
             needed = [own + others for own, others in zip(start, growth, strict=True)]
             short = [n - group.pool.num_available for n, group in zip(needed, self.pages.groups, strict=True)]
-            if any(count > 0 for count in short):
-                if self._displace(request, short):
+            if holders or any(count > 0 for count in short):
+                if self._displace(request, short, holders):
                     continue
                 break
             self._waiting.remove(request)
@@ -366,7 +367,8 @@ class Scheduler:
             self._plan_chunk(request, share)
 
     def _next_waiting(self) -> Request | None:
-        """The first waiting request, unless it has to wait until running ones give up a slot for its adapter.
+        """The first waiting request, unless it has to wait until running ones of no lower priority give up a slot for
+        its adapter.
 
         Then only requests without an adapter may overtake it: the slots run empty, and it gets the next one.
         """
@@ -374,21 +376,36 @@ class Scheduler:
         for request in itertools.islice(self._waiting, LOOKAHEAD):
             if request.adapter is None or not self.config.max_loras:
                 return request
-            if not blocked and self._adapters.has_room(request.adapter):
+            if not blocked and (self._adapters.has_room(request.adapter) or self._slot_holders(request)):
                 return request
             blocked = True
         return None
 
-    def _displace(self, request: Request, short: Sequence[int]) -> bool:
-        """Preempts requests of lower priority, the worst first, if that gives `request` a seat and the pages that it is
-        short of in each group."""
+    def _slot_holders(self, request: Request) -> list[Request]:
+        """The running requests, all of lower priority, that have to go for `request` to have a slot for its adapter.
+
+        None where there is a slot, or where none can be had so. Of several adapters, the one whose best request is of
+        the worst rank gives way.
+        """
+        if request.adapter is None or not self.config.max_loras or self._adapters.has_room(request.adapter):
+            return []
+        holders: dict[str, list[Request]] = {}
+        for other in self.running:
+            if other.adapter is not None:
+                holders.setdefault(other.adapter, []).append(other)
+        lower = [each for each in holders.values() if all(other.priority > request.priority for other in each)]
+        return max(lower, key=lambda each: min(other.rank for other in each), default=[])
+
+    def _displace(self, request: Request, short: Sequence[int], holders: Sequence[Request] = ()) -> bool:
+        """Preempts `holders`, and then requests of lower priority, the worst first, if that gives `request` a seat and
+        the pages that it is short of in each group."""
         lower = sorted((r for r in self.running if r.priority > request.priority), key=lambda r: r.rank, reverse=True)
-        missing, victims = list(short), []
-        for victim in lower:
+        missing, victims = list(short), list[Request]()
+        for victim in [*holders, *(other for other in lower if other not in holders)]:
+            if len(victims) >= max(1, len(holders)) and max(missing) <= 0:
+                break
             victims.append(victim)
             missing = [count - freed for count, freed in zip(missing, self.pages.freed(victim), strict=True)]
-            if max(missing) <= 0:
-                break
         if not victims or max(missing) > 0:
             return False
         for victim in victims:

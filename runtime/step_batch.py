@@ -19,6 +19,8 @@ class StepBatch:
     Without pages of their own, layers with a window use those of the others.
 
     adapter_index: for each token the slot of its adapter, int32 `[T]`, -1 for none; None if no token has one.
+    prompt_embeds_index, prompt_embeds: for each token the row of `prompt_embeds` that stands for it, int64 `[T]`, -1
+        for one with an id; None where all have ids.
     """
 
     input_ids: Tensor
@@ -31,6 +33,8 @@ class StepBatch:
     window_slot_mapping: Tensor | None = None
     window_block_tables: Tensor | None = None
     adapter_index: Tensor | None = None
+    prompt_embeds_index: Tensor | None = None
+    prompt_embeds: Tensor | None = None
 
     def inputs(self, names: Iterable[str]) -> list[Tensor]:
         """The named inputs of a step program."""

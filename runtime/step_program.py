@@ -8,7 +8,8 @@ from collections.abc import Sequence
 import torch
 
 from llmopt.codegen.program import Program
-from llmopt.compiler.step import CacheSpec, LoraSpec, group_windows, step_inputs
+from llmopt.compiler.errors import InputError
+from llmopt.compiler.step import EMBEDS_INPUTS, CacheSpec, EmbedsSpec, LoraSpec, group_windows, step_inputs
 from llmopt.runtime.adapters import AdapterPool
 from llmopt.runtime.cuda_executable import make_executable
 from llmopt.runtime.cuda_graphs import DecodeGraphs
@@ -23,12 +24,15 @@ class StepProgram:
 
     Args:
         program: inputs are `step_inputs(caches)` in order, then the caches, K and V of each layer in turn, then with
-            `lora` LORA_INPUTS.
+            `lora` LORA_INPUTS, then EMBEDS_INPUTS where tokens may be given as embeddings; `prompt_embeds` is of which
+            kind.
         caches: what each attention layer stores.
         block_size: tokens in one page.
         threads: CPU threads, 0 for PyTorch's number.
         device: where a program for a GPU runs, None for the current GPU.
         lora: the adapters that the program was made for; their memory is `adapters`.
+
+    Raises InputError for a program that takes something else.
     """
 
     def __init__(
@@ -46,6 +50,10 @@ class StepProgram:
         self.input_names = tuple(step_inputs(caches))
         self._lock = threading.Lock()
         self.adapters = AdapterPool(lora, self.executable.device) if lora is not None else None
+        self.prompt_embeds = _embeds_spec(program)
+        # Stands for the embeddings of a step that has none.
+        size, dtype = (self.prompt_embeds.size, self.prompt_embeds.dtype) if self.prompt_embeds else (0, torch.float32)
+        self._no_embeds = torch.zeros((1, size), dtype=dtype, device=self.executable.device)
         self.rows_computed = 0
         self.num_steps = 0
 
@@ -69,37 +77,58 @@ class StepProgram:
             sizes[spec.group] += self.block_size * spec.bytes_per_token()
         return sizes
 
-    def __call__(self, batch: StepBatch, cache: KVCache, *, lend: bool = False) -> Tensor:
+    def __call__(
+        self, batch: StepBatch, cache: KVCache, *, lend: bool = False, adapters: AdapterPool | None = None
+    ) -> Tensor:
         """Logits `[R, V]` of the rows that the batch asks for; keys and values of its tokens are in the cache then.
 
+        `adapters` takes the place of the program's own.
         With `lend` the next such call may overwrite them: a step of sizes that were there before allocates nothing.
         """
         with self._lock:
             self.rows_computed += batch.input_ids.shape[0]
             self.num_steps += 1
-            if self.graphs is not None:
+            if self.graphs is not None and adapters is None:  # graphs hold the addresses of the program's own
                 logits = self.graphs(batch, cache, self.executable)
                 if logits is not None:
                     return logits
-            return self.run(batch, cache, lend=lend).cpu()
+            return self.run(batch, cache, lend=lend, adapters=adapters).cpu()
 
-    def run(self, batch: StepBatch, cache: KVCache, *, lend: bool = False) -> Tensor:
+    def run(
+        self, batch: StepBatch, cache: KVCache, *, lend: bool = False, adapters: AdapterPool | None = None
+    ) -> Tensor:
         """As a call, launched kernel by kernel; logits stay on the program's device."""
         device = self.executable.device
         inputs = batch.inputs(self.input_names)
-        lora: list[Tensor] = []
+        more: list[Tensor] = []
         if self.adapters is not None:
             index = batch.adapter_index
             if index is None:
                 index = torch.full(batch.input_ids.shape, -1, dtype=torch.int32)
-            lora = [index, *self.adapters.tensors]
+            more = [index, *(adapters or self.adapters).tensors]
+        if self.prompt_embeds is not None:
+            if batch.prompt_embeds_index is None or batch.prompt_embeds is None:
+                more += [torch.full(batch.input_ids.shape, -1, device=device), self._no_embeds]
+            else:
+                more += [batch.prompt_embeds_index, batch.prompt_embeds]
         if device.type != "cpu":
             inputs = [tensor.to(device, non_blocking=True) for tensor in inputs]
-            lora = [tensor.to(device, non_blocking=True) for tensor in lora]
+            more = [tensor.to(device, non_blocking=True) for tensor in more]
         # Weights follow among the program's arguments; they are bound already.
-        rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors) - len(lora))
-        logits: Tensor = self.executable([*inputs, *cache.tensors, *lora, *rest], lend=lend)[0]
+        rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors) - len(more))
+        logits: Tensor = self.executable([*inputs, *cache.tensors, *more, *rest], lend=lend)[0]
         return logits
+
+
+def _embeds_spec(program: Program) -> EmbedsSpec | None:
+    """The embeddings that a program takes, None for one that takes none; InputError for a program that is damaged."""
+    for value in program.values:
+        if (value.kind, value.name) == ("input", EMBEDS_INPUTS[1]):
+            size = value.sizes[-1] if len(value.sizes) == 2 else None
+            if not isinstance(size, int) or not value.dtype.is_floating_point:
+                raise InputError("prompt_embeds are no rows of numbers")
+            return EmbedsSpec(size, value.dtype)
+    return None
 
 
 __all__ = ["StepBatch", "StepProgram"]

@@ -16,6 +16,7 @@ from torch.fx.node import Node, map_aggregate, map_arg
 
 from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.graph import placeholders
+from llmopt.runtime.mapped_pages import MappedPages
 
 Tensor = torch.Tensor
 
@@ -59,6 +60,7 @@ class WeightBinder:
         return [next(made) if i is None else arguments[i].detach() for i in self.direct]
 
     def _make(self, arguments: Sequence[Any], consume: bool) -> list[Tensor]:
+        pages = MappedPages()
         last = {i: recipe for recipe in self._recipes for i in recipe.sources}
         kept = set(self.direct)
         made = []
@@ -71,6 +73,7 @@ class WeightBinder:
                 if consume and result.untyped_storage().data_ptr() not in bases:
                     for i, tensor in zip(recipe.sources, inputs, strict=True):
                         if last[i] is recipe and i not in kept:
+                            pages.release(tensor)
                             _let_go(tensor)
             made.append(result)
         return made

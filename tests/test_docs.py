@@ -113,7 +113,7 @@ def test_ops() -> None:
 
 
 def test_passes() -> None:
-    everything = {p.name: p for p in (*BACKEND, *step_pipeline(16, lora=InsertLora()))}
+    everything = {p.name: p for p in (*BACKEND, *step_pipeline(16, lora=InsertLora(), prompt_embeds=True))}
     assert {names(row[0])[0] for row in rows("passes/README.md", "## Table")} == set(everything)
     required = {name for name, item in everything.items() if item.required}
     sentence = re.search(r"^(.*) cannot be disabled", " ".join(read("passes/README.md").split("\n")), re.MULTILINE)

@@ -19,7 +19,7 @@ from llmopt.compiler.costs import group_cost, node_costs
 from llmopt.compiler.graph import location, placeholders
 from llmopt.compiler.opspec import Cost
 from llmopt.compiler.report import CallReport, Details, ValueLife
-from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS
+from llmopt.compiler.step import EMBEDS_INPUTS, STEP_INPUTS, WINDOW_INPUTS
 
 # The sizes of a step program by (input, dimension): the name, what it counts, and the value in a decode step.
 _STEP_SIZES: dict[tuple[str, int], tuple[str, str, int]] = {
@@ -27,6 +27,7 @@ _STEP_SIZES: dict[tuple[str, int], tuple[str, str, int]] = {
     ("seq_lens", 0): ("requests", "requests in the batch", 1),
     ("block_tables", 1): ("pages", "most pages of the KV cache that one request holds", 32),
     ("logits_indices", 0): ("rows", "rows whose logits are wanted", 1),
+    ("prompt_embeds", 0): ("embeddings", "tokens of prompts that are given as embeddings", 1),
 }
 _CACHE_PAGES = ("cache_pages", "pages of the KV cache", 64)
 _CONTEXT = ("keys that a query sees, on average over the batch", 512)
@@ -50,6 +51,8 @@ def program_symbols(program: Program) -> tuple[dict[str, sympy.Symbol], dict[str
         if value is not None:
             meaning = f"{program.values[value].name}.shape[{source.dim}]"
         key = (inputs[source.index], source.dim) if source.index < len(inputs) else ("cache", source.dim)
+        if value is not None and program.values[value].name == EMBEDS_INPUTS[1]:
+            key = (EMBEDS_INPUTS[1], source.dim)
         name, meaning, hint = _STEP_SIZES.get(key, _CACHE_PAGES if key[0] == "cache" else (name, meaning, hint))
         symbols[source.name] = sympy.Symbol(name, integer=True, positive=True)
         meanings[name], hints[name] = meaning, hint

@@ -15,6 +15,7 @@ from models.target import FOLDER, PROMPT, target_llm, write_adapter
 from llmopt import (
     LLM,
     AsyncLLM,
+    BeamSearchParams,
     LoRARequest,
     RequestOutput,
     RequestOutputKind,
@@ -22,10 +23,12 @@ from llmopt import (
     StructuredOutputsParams,
 )
 from llmopt.errors import AdapterError, EngineDeadError, InputError, OptionError
+from llmopt.runtime.outputs import BeamSearchOutput
 from llmopt.runtime.text import REPLACEMENT
 
 PROMPTS = [PROMPT, "import os\nimport sys\n", "class Queue:\n    def __init__(self", "# ünï 🙂\n"]
 GREEDY = SamplingParams(temperature=0.0, max_tokens=24)
+BEAMS = BeamSearchParams(beam_width=3, max_tokens=12)
 DELTA = RequestOutputKind.DELTA
 
 
@@ -177,17 +180,50 @@ def test_the_end_of_an_engine(program: Path) -> None:
     assert {thread for thread in threading.enumerate() if thread.name.startswith("llmopt-")} == before
 
 
+def test_beams_beside_other_requests(engine: AsyncLLM) -> None:
+    params = BeamSearchParams(beam_width=3, max_tokens=20)
+
+    async def main() -> tuple[list[BeamSearchOutput], list[RequestOutput]]:
+        other = asyncio.create_task(all_of(engine.generate(PROMPT, GREEDY)))
+        beams = await asyncio.gather(*(engine.beam_search(prompt, params) for prompt in PROMPTS))
+        lost = asyncio.create_task(engine.beam_search(PROMPT, BeamSearchParams(beam_width=3, max_tokens=200)))
+        await asyncio.sleep(0.05)
+        lost.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await lost
+        for bad in (PROMPT * 200, [], [1, -1]):
+            with pytest.raises(InputError):
+                await engine.beam_search(bad, params)
+        with pytest.raises(InputError, match="BeamSearchParams"):
+            await engine.beam_search(PROMPT, GREEDY)  # type: ignore[arg-type]
+        return beams, await other
+
+    beams, other = asyncio.run(main())
+    assert beams == target_llm().beam_search(PROMPTS, params)
+    assert other[-1].outputs[0].token_ids == target_llm().generate(PROMPT, GREEDY)[0].outputs[0].token_ids
+
+
+def test_no_beams_after_shutdown(program: Path) -> None:
+    engine = AsyncLLM(program)
+    engine.shutdown()
+    with pytest.raises(EngineDeadError):
+        asyncio.run(engine.beam_search(PROMPT, BeamSearchParams(beam_width=2)))
+
+
 def test_an_adapter_for_one_request_of_several(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
 
-    async def main() -> list[list[RequestOutput]]:
+    async def main() -> tuple[list[list[RequestOutput]], BeamSearchOutput]:
         async with AsyncLLM(FOLDER, dtype="float32", enable_lora=True) as engine:
             with pytest.raises(AdapterError):
                 await all_of(engine.generate(PROMPT, GREEDY, lora_request=LoRARequest("b", tmp_path / "missing")))
             each = (None, adapter, None)
-            return await asyncio.gather(*(all_of(engine.generate(PROMPT, GREEDY, lora_request=a)) for a in each))
+            outputs = await asyncio.gather(*(all_of(engine.generate(PROMPT, GREEDY, lora_request=a)) for a in each))
+            return outputs, await engine.beam_search(PROMPT, BEAMS, lora_request=adapter)
 
-    base, adapted, again = (outputs[-1].outputs[0].token_ids for outputs in asyncio.run(main()))
+    found, beams = asyncio.run(main())
+    base, adapted, again = (outputs[-1].outputs[0].token_ids for outputs in found)
     assert base == again == tuple(target_llm().generate(PROMPT, GREEDY)[0].outputs[0].token_ids)
     llm = LLM(FOLDER, dtype="float32", enable_lora=True)
     assert adapted == llm.generate(PROMPT, GREEDY, lora_request=adapter)[0].outputs[0].token_ids != base
+    assert [beams] == llm.beam_search(PROMPT, BEAMS, lora_request=adapter) != llm.beam_search(PROMPT, BEAMS)

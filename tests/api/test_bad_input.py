@@ -81,7 +81,7 @@ CASES: list[Case] = [
     ("a truth as token", [True], dict, InputError, "token id True"),
     ("nothing as token", [1, None], dict, InputError, "token id None"),
     ("half a character", "a\ud800b", dict, InputError, "surrogate"),
-    ("a dictionary as prompt", {"prompt": "x"}, dict, InputError, "prompt"),
+    ("a dictionary without a prompt", {"text": "x"}, dict, InputError, "one key of"),
     ("bytes as token", [b"import"], dict, InputError, "token id b'import'"),
     ("a number as prompt", 3.5, dict, InputError, "prompt"),
     *(

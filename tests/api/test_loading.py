@@ -15,7 +15,16 @@ import torch
 from models.target import FOLDER
 from models.zoo import build
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MixtralConfig,
+    MixtralForCausalLM,
+)
 
 import llmopt
 from llmopt.checkpoint import INDEX, WEIGHTS
@@ -25,6 +34,8 @@ from llmopt.runtime.chat_template import ChatTemplate
 
 MIB = 1 << 20
 SHARD = 8 * MIB
+# What the process may need for itself, and freed memory that the allocator has not returned yet.
+KEPT = 48 * MIB
 
 
 @pytest.fixture(scope="module")
@@ -44,6 +55,24 @@ def sharded(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def experts(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A Mixtral whose file holds each expert by itself, where transformers has one tensor for all of a layer."""
+    folder = tmp_path_factory.mktemp("experts")
+    config = MixtralConfig(
+        vocab_size=1024,
+        hidden_size=256,
+        intermediate_size=512,
+        num_hidden_layers=24,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        num_local_experts=6,
+        max_position_embeddings=64,
+    )
+    MixtralForCausalLM(config).to(torch.bfloat16).save_pretrained(folder, max_shard_size=SHARD)
+    return folder
+
+
 @pytest.fixture
 def small(tmp_path: Path) -> Path:
     """A copy of a small folder, for a test to damage: two shards and an index."""
@@ -54,7 +83,7 @@ def small(tmp_path: Path) -> Path:
 
 _MEASURE = """
 import sys, threading, time
-import torch, transformers.models.llama.modeling_llama, transformers.models.gpt2.modeling_gpt2
+import torch, transformers.models.llama.modeling_llama, transformers.models.mixtral.modeling_mixtral
 from transformers.models.auto import modeling_auto
 from llmopt.huggingface import load_model
 from llmopt.engine import ModelEngine
@@ -98,8 +127,52 @@ def test_loading_takes_the_result_and_one_shard(sharded: Path) -> None:
     assert weights > 6 * SHARD
     assert resident < weights + SHARD
     assert allocated < SHARD
-    weights, allocated, _ = measure(sharded, "float32")
+    weights, allocated, resident = measure(sharded, "float32")
     assert weights < allocated < weights + SHARD
+    assert resident < weights + 2 * SHARD, "what has been converted has left memory"
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+def test_merged_experts_take_the_result_and_one_shard(experts: Path, dtype: str) -> None:
+    """What was merged goes layer by layer, mapped or converted. Beside it there is what the allocator keeps of it."""
+    assert len(list(experts.glob("*.safetensors"))) >= 12
+    stored = sum(file.stat().st_size for file in experts.glob("*.safetensors"))
+    weights, allocated, resident = measure(experts, dtype)
+    assert max(allocated, resident) < weights + SHARD + KEPT < weights + stored - SHARD
+
+
+_GENERATE = """
+import sys
+import torch, llmopt
+
+def memory(key):
+    return int(next(line for line in open("/proc/self/status") if line.startswith(key + ":")).split()[1]) * 1024
+
+torch.set_num_threads(1)
+params = llmopt.SamplingParams(temperature=0.0, max_tokens=2, detokenize=False)
+llmopt.LLM(sys.argv[1], tokenizer=object()).generate([3, 4, 5], params)
+before = memory("VmRSS")
+open("/proc/self/clear_refs", "w").write("5")  # VmHWM begins anew
+llm = llmopt.LLM(sys.argv[2], tokenizer=object())
+llm.generate([3, 4, 5], params)
+weights = {w.data_ptr(): w.nbytes for w in llm._engine_core().program.executable.weights}
+print(sum(weights.values()), memory("VmHWM") - before)
+"""
+
+
+def test_from_the_folder_to_the_first_token(tmp_path: Path) -> None:
+    """All projections of GPT-2 are transposed when they are bound. A small model before it pays for what any needs."""
+    for name, size in (("small", 64), ("large", 1024)):
+        config = GPT2Config(
+            vocab_size=64, n_positions=32, n_embd=size, n_layer=2, n_head=2, bos_token_id=None, eos_token_id=1
+        )
+        GPT2LMHeadModel(config).save_pretrained(tmp_path / name, max_shard_size=SHARD)
+    assert len(list((tmp_path / "large").glob("*.safetensors"))) > 4
+    arguments = [sys.executable, "-c", _GENERATE, tmp_path / "small", tmp_path / "large"]
+    ran = subprocess.run(arguments, capture_output=True, text=True, check=True)
+    weights, resident = map(int, ran.stdout.split())
+    # The largest projection is a shard of its own.
+    assert resident < weights + 2 * SHARD + KEPT / 2 < 2 * weights - 2 * SHARD
 
 
 def test_what_weights_were_made_of_is_let_go(tmp_path: Path) -> None:

@@ -277,9 +277,6 @@ def test_llm(root: Path, tmp_path: Path) -> None:
     assert model.remove_lora("some") and not model.remove_lora("some")
     assert model.list_loras() == {"every", "others"}
 
-    beams = BeamSearchParams(beam_width=2, max_tokens=4)
-    assert model.beam_search(rows[0], beams) == plain_llm().beam_search(rows[0], beams), "they run without adapters"
-
     path = tmp_path / "model.engine"
     llmopt.export(model, path)
     again = llmopt.load(path)
@@ -319,10 +316,37 @@ def test_llm(root: Path, tmp_path: Path) -> None:
         again.generate(rows[0], GREEDY, lora_request=LoRARequest("missing", tmp_path / "nowhere"))
 
 
+def test_beams(root: Path) -> None:
+    """Those of transformers on the merged model, also while others hold all slots; none without an adapter."""
+    model, rows = llm(), prompts([20, 7, 12, 9], seed=1)
+    requests = [LoRARequest(folder.path.name, folder.path) for folder in folders("llama", root / "llama")]
+    params = BeamSearchParams(beam_width=3, max_tokens=TOKENS)
+    held = [model.stream(row, GREEDY, lora_request=each) for row, each in zip(rows, requests, strict=False)]
+    first = [next(chunks).token_id for chunks in held]
+    core = model._engine_core(fresh=False)
+    assert len(core.scheduler.running) == 3
+    outputs = model.beam_search(rows, params, lora_request=[*requests, None])
+    for number, (row, output) in enumerate(zip(rows, outputs, strict=True)):
+        ids = torch.tensor([row])
+        found = model_with("llama", root, number).generate(
+            ids, attention_mask=torch.ones_like(ids), num_beams=3, max_new_tokens=TOKENS, do_sample=False
+        )
+        tokens = list(output.sequences[0].token_ids)
+        assert tokens == found[0, len(row) :].tolist()[: len(tokens)]
+    assert len({output.sequences[0].token_ids for output in model.beam_search([rows[0]] * 4, params)}) == 1
+    for number, (token, chunks) in enumerate(zip(first, held, strict=True)):
+        rest = [chunk.token_id for chunk in chunks]
+        assert [token, *rest] == wanted("llama", root, number, tuple(rows[number])), "nobody's slot was taken"
+    with pytest.raises(InputError, match="4 prompts but 2 LoRA requests"):
+        model.beam_search(rows, params, lora_request=requests[:2])
+
+
 def test_without_the_option() -> None:
     model = plain_llm()
     with pytest.raises(InputError, match="enable_lora=True"):
         model.generate([[1, 2]], GREEDY, lora_request=LoRARequest("name", "folder"))
+    with pytest.raises(InputError, match="enable_lora=True"):
+        model.beam_search([1, 2], BeamSearchParams(beam_width=2), lora_request=LoRARequest("name", "folder"))
     assert model.list_loras() == set() and not model.remove_lora("name")
 
 
