@@ -8,30 +8,17 @@ from typing import Any
 import sympy
 import torch
 
-from llmopt.compiler.opspec import Cost, Tolerance, nbytes, numel, register_op
+from llmopt.compiler.graph import to_expr
+from llmopt.compiler.opspec import SUM_ORDER, Cost, nbytes, numel, register_op
+from llmopt.compiler.step import LoraSpec, LoraTarget
 
 Tensor = torch.Tensor
 
 
-def _size(value: Any) -> sympy.Expr:
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
-
-
-def _cost(
-    y: Tensor,
-    x: Tensor,
-    pool: Tensor,
-    ranks: Tensor,
-    scales: Tensor,
-    adapter_index: Tensor,
-    max_rank: int,
-    targets: Sequence[int],
-    columns: Sequence[int],
-    sizes: Sequence[int],
-    offsets: Sequence[int],
-) -> Cost:
+def _cost(y: Tensor, x: Tensor, pool: Tensor, *more: Any) -> Cost:
     """As if every row had an adapter of the largest rank, and as many adapters were read as there are rows."""
-    rows, k, slots = _size(adapter_index.shape[0]), _size(x.shape[-1]), _size(pool.shape[0])
+    _ranks, _scales, adapter_index, max_rank, targets, _columns, sizes, _offsets = more
+    rows, k, slots = to_expr(adapter_index.shape[0]), to_expr(x.shape[-1]), to_expr(pool.shape[0])
     entries = max_rank * sum((k + size for size in sizes), sympy.Integer(0))
     numbers = 8 * len(targets) * slots
     read = nbytes(y, x, adapter_index) + numbers + entries * pool.element_size() * sympy.Min(slots, rows)
@@ -46,11 +33,8 @@ def _samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ..
         (70, 40, ((5, 67),), 90, 3, 2),
     ]:
         sizes = [size for _, size in parts]
-        offsets, end = [], 0
-        for size in sizes:
-            offsets.append(end)
-            end += most * (k + size)
-        pool = torch.randn(slots, end, generator=rng) * 0.3
+        spec = LoraSpec(tuple(LoraTarget("", k, size) for size in sizes), slots, most, dtype)
+        pool = torch.randn(slots, spec.slot_elements, generator=rng) * 0.3
         ranks = torch.randint(0, most + 1, (len(parts) + 1, slots), generator=rng, dtype=torch.int32)
         ranks[1, 0] = most
         index = torch.randint(-1, slots, (rows,), generator=rng, dtype=torch.int32)
@@ -67,7 +51,7 @@ def _samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ..
             list(range(1, len(parts) + 1)),
             [column for column, _ in parts],
             sizes,
-            offsets,
+            list(spec.offsets[:-1]),
         )
 
 
@@ -77,11 +61,7 @@ def _samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ..
     fake=lambda y, *_: y.new_empty(y.shape),
     cost=_cost,
     samples=_samples,
-    tolerances={
-        torch.float32: Tolerance(1e-5, 2e-5, "two products, each a float32 sum in another order"),
-        torch.bfloat16: Tolerance(1.6e-2, 1e-2, "two float32 sums in another order, then one bf16 rounding"),
-        torch.float16: Tolerance(2e-3, 2e-3, "two float32 sums in another order, then one fp16 rounding"),
-    },
+    tolerances=SUM_ORDER,
 )
 def lora(
     y: Tensor,

@@ -14,17 +14,11 @@ import sympy
 import torch
 import torch.nn.functional as F
 
-from llmopt.compiler.opspec import Cost, Tolerance, nbytes, numel, register_op
+from llmopt.compiler.graph import to_expr
+from llmopt.compiler.opspec import SUM_ORDER, Cost, Tolerance, nbytes, numel, register_op
 
 Tensor = torch.Tensor
 
-# Sums over K terms in another order than the reference's: the error grows with the square root of K, and a low
-# precision result may land on the neighbouring value.
-_SUM_ORDER = {
-    torch.float32: Tolerance(1e-5, 2e-5, "float32 sums of up to 300 terms in another order"),
-    torch.bfloat16: Tolerance(1.6e-2, 1e-2, "sums of up to 300 terms, then one bf16 rounding of cancelled results"),
-    torch.float16: Tolerance(2e-3, 2e-3, "sums of up to 300 terms, then one fp16 rounding of cancelled results"),
-}
 # The reference follows eager and rounds in the middle; kernels keep float32 until the end.
 _FEWER_ROUNDINGS = {
     torch.bfloat16: Tolerance(2.4e-2, 1e-2, "the kernel rounds once where eager rounds up to three times"),
@@ -43,10 +37,6 @@ def _randn(rng: torch.Generator, dtype: torch.dtype, *shape: int, scale: float =
     return (torch.randn(shape, generator=rng) * scale).to(dtype)
 
 
-def _size(value: Any) -> sympy.Expr:
-    return value.node.expr if isinstance(value, torch.SymInt) else sympy.Integer(value)
-
-
 # ---- linear --------------------------------------------------------------------------------------------------------
 
 
@@ -55,8 +45,8 @@ def _linear_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor |
 
 
 def _linear_cost(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Cost:
-    rows = numel(x) / _size(x.shape[-1])
-    written = rows * sum(_size(w.shape[0]) for w in weights) * x.element_size()
+    rows = numel(x) / to_expr(x.shape[-1])
+    written = rows * sum(to_expr(w.shape[0]) for w in weights) * x.element_size()
     flops = sum((2 * rows * numel(w) for w in weights), sympy.Integer(0))
     return Cost(flops, nbytes(x, *weights, *biases), written)
 
@@ -73,7 +63,7 @@ def _linear_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[
     fake=_linear_fake,
     cost=_linear_cost,
     samples=_linear_samples,
-    tolerances=_SUM_ORDER,
+    tolerances=SUM_ORDER,
 )
 def linear(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
     """`x[..., K]` times each of `weights[N_i, K]` transposed, plus `biases[N_i]`, side by side: `[..., sum N_i]`.
@@ -92,8 +82,8 @@ def _batch(x: Tensor, weight: Tensor) -> Sequence[int]:
 
 
 def _batched_linear_cost(x: Tensor, weight: Tensor) -> Cost:
-    rows = sympy.prod(map(_size, (*_batch(x, weight), x.shape[-2])))
-    n, k = map(_size, weight.shape[-2:])
+    rows = sympy.prod(map(to_expr, (*_batch(x, weight), x.shape[-2])))
+    n, k = map(to_expr, weight.shape[-2:])
     return Cost(2 * rows * n * k, nbytes(x, weight), rows * n * x.element_size())
 
 
@@ -113,7 +103,7 @@ def _batched_linear_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterato
     fake=lambda x, weight: x.new_empty((*_batch(x, weight), x.shape[-2], weight.shape[-2])),
     cost=_batched_linear_cost,
     samples=_batched_linear_samples,
-    tolerances=_SUM_ORDER,
+    tolerances=SUM_ORDER,
 )
 def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
     """`x[..., M, K]` times `weight[..., N, K]` transposed: `[..., M, N]`, leading dimensions broadcast.
@@ -127,8 +117,8 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 def _grouped_linear_cost(x: Tensor, weights: Tensor, ends: Tensor) -> Cost:
-    groups, n, k = map(_size, weights.shape)
-    rows = _size(x.shape[0])
+    groups, n, k = map(to_expr, weights.shape)
+    rows = to_expr(x.shape[0])
     # A group without rows is not read.
     read = nbytes(x, ends) + nbytes(weights) * sympy.Min(1, rows / groups)
     return Cost(2 * rows * n * k, read, rows * n * x.element_size())
@@ -147,7 +137,7 @@ def _grouped_linear_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterato
     fake=lambda x, weights, ends: x.new_empty((x.shape[0], weights.shape[1])),
     cost=_grouped_linear_cost,
     samples=_grouped_linear_samples,
-    tolerances=_SUM_ORDER,
+    tolerances=SUM_ORDER,
 )
 def grouped_linear(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
     """Each group of rows of `x[T, K]` times its own one of `weights[E, N, K]` transposed: `[T, N]`.
@@ -303,9 +293,9 @@ def gated_act(gate: Tensor, up: Tensor, act: str) -> Tensor:
 
 def _moe_cost(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str) -> Cost:
     slots = numel(ids)
-    per_slot = 2 * (numel(gate_up) + numel(down)) / _size(gate_up.shape[0])
+    per_slot = 2 * (numel(gate_up) + numel(down)) / to_expr(gate_up.shape[0])
     # Every expert is read once if each is hit; fewer slots than experts read only that many.
-    read = nbytes(x, ids, weights) + nbytes(gate_up, down) * sympy.Min(1, slots / _size(gate_up.shape[0]))
+    read = nbytes(x, ids, weights) + nbytes(gate_up, down) * sympy.Min(1, slots / to_expr(gate_up.shape[0]))
     return Cost(slots * per_slot, read, nbytes(x))
 
 
@@ -323,7 +313,7 @@ def _moe_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any
     fake=lambda x, *_: x.new_empty(x.shape),
     cost=_moe_cost,
     samples=_moe_samples,
-    tolerances={**_SUM_ORDER, **_FEWER_ROUNDINGS},
+    tolerances={**SUM_ORDER, **_FEWER_ROUNDINGS},
 )
 def moe(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, down: Tensor, act: str) -> Tensor:
     """Mixture of experts (Shazeer et al., 2017): each row goes through the gated MLPs of its k experts.

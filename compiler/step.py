@@ -118,6 +118,10 @@ class LoraSpec:
             ends.append(ends[-1] + self.max_rank * (target.in_features + target.out_features))
         return tuple(ends)
 
+    def places(self, index: int) -> tuple[int, int]:
+        """Where A and B of a target begin in a slot."""
+        return self.offsets[index], self.offsets[index] + self.max_rank * self.targets[index].in_features
+
     @property
     def slot_elements(self) -> int:
         """Elements of one slot."""

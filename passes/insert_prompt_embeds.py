@@ -12,6 +12,7 @@ from llmopt.compiler.graph import Rewriter, aten, nodes_of, placeholders, reacha
 from llmopt.compiler.input_embeddings import INPUT_EMBEDDINGS
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.step import EMBEDS_INPUTS
+from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.step_inputs import add_input, behind_caches, new_size
 
 
@@ -70,6 +71,7 @@ def _mark(graph: fx.Graph, ids: Node) -> Node:
     # Their number is no secret.
     ends = {marks[0], *nodes_of(graph, aten.sym_size.int)}
     past = reachable([ids], lambda node: () if node in ends else node.users)
-    if graph.output_node() in past:
+    # What a layer keeps in its cache counts as well.
+    if past & {graph.output_node(), *nodes_of(graph, llmopt_ops.paged_attention.default)}:
         raise UnsupportedError("the model uses token ids besides their embeddings, and a prompt of embeddings has none")
     return marks[0]

@@ -82,8 +82,7 @@ class AdapterPool:
         numbers = torch.zeros(len(spec.targets), dtype=torch.int32)
         factors = torch.zeros(len(spec.targets))
         for index, part in adapter.parts.items():
-            target, begin = spec.targets[index], spec.offsets[index]
-            behind = begin + spec.max_rank * target.in_features
+            begin, behind = spec.places(index)
             pool[slot, begin : begin + part.a.numel()] = part.a.flatten()
             pool[slot, behind : behind + part.b.numel()] = part.b.flatten()
             numbers[index], factors[index] = len(part.a), part.scale

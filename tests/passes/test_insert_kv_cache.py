@@ -7,21 +7,19 @@ from typing import Any
 
 import pytest
 import torch
-from graphs.capturing import mark_weights
 from graphs.causal_models import HIDDEN, VOCABULARY, Extra, TinyCausal, traced
 from graphs.rewriting import Rewritten, assert_golden
+from graphs.step_passes import BLOCK, AttentionOnly, graph_before, run_pass
 from torch import Tensor, fx, nn
 
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import nodes_of, outputs, placeholders, tensor
 from llmopt.compiler.options import Options
-from llmopt.compiler.pass_manager import PassContext, PassReport, copy_graph, run_pipeline
+from llmopt.compiler.pass_manager import PassReport, copy_graph, run_pipeline
 from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS, group_windows
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.insert_kv_cache import InsertKVCache
-from llmopt.passes.pipeline import RAISING, step_pipeline
-
-BLOCK = 4
+from llmopt.passes.pipeline import step_pipeline
 
 
 def step_graph(model: Callable[[Tensor], Tensor], verify: bool = False) -> tuple[fx.Graph, PassReport]:
@@ -277,20 +275,12 @@ def test_insertion_cannot_be_disabled() -> None:
 
 
 def test_golden() -> None:
-    class Small(TinyCausal):
-        def forward(self, ids: Tensor) -> Tensor:
-            x = self.embed(ids) + self.places(torch.arange(ids.shape[1]))
-            q = x.view(1, -1, 2, HIDDEN // 2).transpose(1, 2)
-            y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-            return self.head(self.norm(y.transpose(1, 2).reshape(1, -1, HIDDEN)))
-
-    captured = traced(Small())
-    mark_weights(captured)
-    run_pipeline(captured.graph, RAISING, Options())
-    before = copy_graph(captured.graph)
-    report = InsertKVCache(block_size=BLOCK).run(captured.graph, PassContext(Options()))
+    item = InsertKVCache(block_size=BLOCK)
+    graph = graph_before(item, AttentionOnly())
+    before = copy_graph(graph)
+    report = run_pass(item, graph)
     assert_golden(
-        Rewritten(before, captured.graph, report),
+        Rewritten(before, graph, report),
         """\
 arg_0: f32[23, 16]
 arg_1: Sym(s27)

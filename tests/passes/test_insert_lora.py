@@ -8,14 +8,15 @@ import pytest
 import torch
 from graphs.causal_models import HIDDEN, VOCABULARY, TinyCausal, traced
 from graphs.rewriting import Rewritten, assert_golden
-from torch import Tensor, fx, nn
+from graphs.step_passes import assert_idempotent, evaluate, graph_before, run_pass
+from torch import fx, nn
 
 from llmopt.compiler.errors import UnsupportedError
-from llmopt.compiler.graph import graph_text, nodes_of, placeholders, tensor
+from llmopt.compiler.graph import nodes_of, placeholders, tensor
 from llmopt.compiler.options import Options
-from llmopt.compiler.pass_manager import PassContext, PassReport, copy_graph, run_pipeline
+from llmopt.compiler.pass_manager import PassReport, copy_graph, run_pipeline
 from llmopt.compiler.step import LORA_INPUTS, STEP_INPUTS, LoraSpec
-from llmopt.compiler.verify import Level, check_graph, sample_inputs
+from llmopt.compiler.verify import sample_inputs
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.insert_lora import InsertLora
 from llmopt.passes.pipeline import step_pipeline
@@ -24,18 +25,11 @@ LORA = InsertLora(max_loras=2, max_rank=3)
 
 
 def before(model: nn.Module, **options: Any) -> fx.Graph:
-    """The step graph as the pass finds it."""
-    graph = traced(model).graph
-    passes = step_pipeline(4, lora=LORA)
-    run_pipeline(graph, passes[: passes.index(LORA)], Options(**options))
-    return graph
+    return graph_before(LORA, model, lora=LORA, **options)
 
 
 def run(graph: fx.Graph, fuel: int = -1) -> PassReport:
-    report = LORA.run(graph, PassContext(Options(), fuel))
-    graph.lint()
-    check_graph(graph, Level.RAISED, LORA.name)
-    return report
+    return run_pass(LORA, graph, fuel)
 
 
 def spec_of(graph: fx.Graph) -> LoraSpec:
@@ -177,11 +171,7 @@ def test_inputs() -> None:
 
 
 def test_a_second_run_finds_nothing() -> None:
-    graph = before(TinyCausal())
-    run(graph)
-    text = graph_text(graph)
-    assert run(graph).matched == 0
-    assert graph_text(graph) == text
+    assert_idempotent(LORA, before(TinyCausal()))
 
 
 def test_results() -> None:
@@ -192,11 +182,6 @@ def test_results() -> None:
     arguments = dict(zip([n.name for n in nodes], sample_inputs(graph, 3), strict=True))
     spec = spec_of(graph)
 
-    def evaluate(of: fx.Graph, values: dict[str, Tensor]) -> Tensor:
-        copies = [values[node.name].clone() for node in placeholders(of)]  # the caches are written
-        result: Tensor = fx.Interpreter(fx.GraphModule({}, of)).run(*copies)[0]
-        return result
-
     plain = evaluate(original, arguments)
     arguments["lora_ranks"].zero_()
     assert torch.equal(evaluate(graph, arguments), plain)
@@ -206,7 +191,7 @@ def test_results() -> None:
     arguments["adapter_index"].fill_(1)
     changed = dict(arguments)
     for number, target in enumerate(spec.targets):
-        begin, behind = spec.offsets[number], spec.offsets[number] + 3 * target.in_features
+        begin, behind = spec.places(number)
         a = arguments["lora_pool"][1, begin : begin + 2 * target.in_features].view(2, -1)
         b = arguments["lora_pool"][1, behind : behind + 2 * target.out_features].view(2, -1)
         (weight,) = [n.name for n in nodes if n.meta.get("weight") == f"{target.name}.weight"]

@@ -2,54 +2,37 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import pytest
 import torch
 from graphs.causal_models import HIDDEN, TinyCausal, traced
 from graphs.rewriting import Rewritten, assert_golden
+from graphs.step_passes import AttentionOnly, assert_idempotent, evaluate, graph_before, run_pass
 from torch import Tensor, fx, nn
 
 from llmopt.compiler.errors import UnsupportedError
-from llmopt.compiler.graph import graph_text, nodes_of, placeholders, tensor
+from llmopt.compiler.graph import nodes_of, placeholders, tensor
 from llmopt.compiler.input_embeddings import INPUT_EMBEDDINGS, marked
 from llmopt.compiler.options import Options
-from llmopt.compiler.pass_manager import PassContext, PassReport, copy_graph, run_pipeline
+from llmopt.compiler.pass_manager import PassReport, copy_graph, run_pipeline
 from llmopt.compiler.step import EMBEDS_INPUTS, LORA_INPUTS, STEP_INPUTS
-from llmopt.compiler.verify import Level, check_graph, sample_inputs
+from llmopt.compiler.verify import sample_inputs
 from llmopt.passes.insert_lora import InsertLora
 from llmopt.passes.insert_prompt_embeds import InsertPromptEmbeds
 from llmopt.passes.pipeline import step_pipeline
 
+PASS = InsertPromptEmbeds()
+
 
 def before(model: TinyCausal, embedding: nn.Module | None = None) -> fx.Graph:
-    """The step graph as the pass finds it."""
-    with marked(embedding or model.embed):
-        graph = traced(model).graph
-    passes = step_pipeline(4, prompt_embeds=True)
-    run_pipeline(graph, passes[: passes.index(InsertPromptEmbeds())], Options())
-    return graph
+    return graph_before(PASS, model, embedding or model.embed, prompt_embeds=True)
 
 
 def run(graph: fx.Graph) -> PassReport:
-    report = InsertPromptEmbeds().run(graph, PassContext(Options()))
-    graph.lint()
-    check_graph(graph, Level.RAISED, InsertPromptEmbeds.name)
-    return report
-
-
-class Small(TinyCausal):
-    """No products but the head; embeddings are scaled outside of their module."""
-
-    def forward(self, ids: Tensor) -> Tensor:
-        x = self.embed(ids) * 4.0
-        q = x.view(1, -1, 2, HIDDEN // 2).transpose(1, 2)
-        y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
-        return self.head(self.norm(y.transpose(1, 2).reshape(1, -1, HIDDEN)))
+    return run_pass(PASS, graph)
 
 
 def test_golden() -> None:
-    graph = before(Small())
+    graph = before(AttentionOnly())
     original = copy_graph(graph)
     report = run(graph)
     assert report.matched == 1
@@ -66,19 +49,21 @@ arg_6: i64[s54]
 arg_7: f32[s83, 2, 4, 8]
 arg_8: f32[s83, 2, 4, 8]
 arg_9: f32[23, 16]
-arg_10: f32[16]
+arg_10: f32[64, 16]
 arg_11: f32[16]
-arg_12: f32[23, 16]
+arg_12: f32[16]
+arg_13: f32[23, 16]
 unsqueeze: i64[1, s27] = aten.unsqueeze.default(arg_0, 0)
 embedding: f32[1, s27, 16] = aten.embedding.default(arg_9, unsqueeze)
 input_embeddings: f32[1, s27, 16] = llmopt_mark.input_embeddings.default(embedding)
-mul: f32[1, s27, 16] = aten.mul.Tensor(input_embeddings, 4.0)
-view: f32[1, s27, 2, 8] = aten.view.default(mul, [1, -1, 2, 8])
+embedding_1: f32[s27, 16] = aten.embedding.default(arg_10, arg_1)
+add: f32[1, s27, 16] = aten.add.Tensor(input_embeddings, embedding_1)
+view: f32[1, s27, 2, 8] = aten.view.default(add, [1, -1, 2, 8])
 paged_attention: f32[1, s27, 2, 8] = llmopt.paged_attention.default(view, view, view, arg_7, arg_8, arg_2, arg_5, arg_3, arg_4, 0.3535533905932738, 0.0, 0, None, None)
 view_1: f32[1, s27, 16] = aten.view.default(paged_attention, [1, -1, 16])
 index_select: f32[1, s54, 16] = aten.index_select.default(view_1, 1, arg_6)
-layer_norm: f32[1, s54, 16] = llmopt.layer_norm.default(index_select, arg_10, arg_11, 1e-05)
-linear: f32[1, s54, 23] = llmopt.linear.default(layer_norm, [arg_12], [None])
+layer_norm: f32[1, s54, 16] = llmopt.layer_norm.default(index_select, arg_11, arg_12, 1e-05)
+linear: f32[1, s54, 23] = llmopt.linear.default(layer_norm, [arg_13], [None])
 squeeze: f32[s54, 23] = aten.squeeze.dim(linear, 0)
 return [squeeze]
 ---
@@ -94,9 +79,10 @@ arg_8: f32[s83, 2, 4, 8]
 arg_9: i64[s27]
 arg_10: f32[s22, 16]
 arg_11: f32[23, 16]
-arg_12: f32[16]
+arg_12: f32[64, 16]
 arg_13: f32[16]
-arg_14: f32[23, 16]
+arg_14: f32[16]
+arg_15: f32[23, 16]
 unsqueeze: i64[1, s27] = aten.unsqueeze.default(arg_0, 0)
 embedding: f32[1, s27, 16] = aten.embedding.default(arg_11, unsqueeze)
 ge: b8[s27] = aten.ge.Scalar(arg_9, 0)
@@ -105,13 +91,14 @@ embedding_1: f32[s27, 16] = aten.embedding.default(arg_10, clamp_min)
 unsqueeze_1: b8[s27, 1] = aten.unsqueeze.default(ge, -1)
 unsqueeze_2: f32[1, s27, 16] = aten.unsqueeze.default(embedding_1, 0)
 where: f32[1, s27, 16] = aten.where.self(unsqueeze_1, unsqueeze_2, embedding)
-mul: f32[1, s27, 16] = aten.mul.Tensor(where, 4.0)
-view: f32[1, s27, 2, 8] = aten.view.default(mul, [1, -1, 2, 8])
+embedding_2: f32[s27, 16] = aten.embedding.default(arg_12, arg_1)
+add: f32[1, s27, 16] = aten.add.Tensor(where, embedding_2)
+view: f32[1, s27, 2, 8] = aten.view.default(add, [1, -1, 2, 8])
 paged_attention: f32[1, s27, 2, 8] = llmopt.paged_attention.default(view, view, view, arg_7, arg_8, arg_2, arg_5, arg_3, arg_4, 0.3535533905932738, 0.0, 0, None, None)
 view_1: f32[1, s27, 16] = aten.view.default(paged_attention, [1, -1, 16])
 index_select: f32[1, s54, 16] = aten.index_select.default(view_1, 1, arg_6)
-layer_norm: f32[1, s54, 16] = llmopt.layer_norm.default(index_select, arg_12, arg_13, 1e-05)
-linear: f32[1, s54, 23] = llmopt.linear.default(layer_norm, [arg_14], [None])
+layer_norm: f32[1, s54, 16] = llmopt.layer_norm.default(index_select, arg_13, arg_14, 1e-05)
+linear: f32[1, s54, 23] = llmopt.linear.default(layer_norm, [arg_15], [None])
 squeeze: f32[s54, 23] = aten.squeeze.dim(linear, 0)
 return [squeeze]""",  # noqa: E501
     )
@@ -128,11 +115,7 @@ def test_inputs() -> None:
 
 
 def test_a_second_run_finds_nothing() -> None:
-    graph = before(TinyCausal())
-    run(graph)
-    text = graph_text(graph)
-    assert run(graph).matched == 0
-    assert graph_text(graph) == text
+    assert_idempotent(PASS, before(TinyCausal()))
 
 
 def test_results() -> None:
@@ -142,23 +125,20 @@ def test_results() -> None:
     original, _ = copy_graph(graph), run(graph)
     arguments = dict(zip([n.name for n in placeholders(graph)], sample_inputs(graph, 3), strict=True))
 
-    def evaluate(of: fx.Graph, **changed: Any) -> Tensor:
-        values = {**arguments, **changed}
-        copies = [values[node.name].clone() for node in placeholders(of)]  # the caches are written
-        result: Tensor = fx.Interpreter(fx.GraphModule({}, of)).run(*copies)[0]
-        return result
+    def logits(of: fx.Graph, **changed: Tensor) -> Tensor:
+        return evaluate(of, {**arguments, **changed})
 
     ids = arguments["input_ids"]
     none = torch.full(ids.shape, -1)
-    assert torch.equal(evaluate(graph, prompt_embeds_index=none), evaluate(original))
+    assert torch.equal(logits(graph, prompt_embeds_index=none), logits(original))
     (table,) = (n.name for n in placeholders(graph) if n.meta.get("weight") == "embed.weight")
     index = torch.tensor([-1, 2, 0, -1, 1, 1, -1, 2])
     tokens = torch.tensor([7, 11, 3])
     rows = arguments[table][tokens]
     changed = torch.where(index >= 0, tokens[index.clamp(0)], ids)
-    expected = evaluate(original, input_ids=changed)
-    assert torch.equal(evaluate(graph, prompt_embeds_index=index, prompt_embeds=rows), expected)
-    assert float((expected - evaluate(original)).abs().max()) > 1e-2
+    expected = logits(original, input_ids=changed)
+    assert torch.equal(logits(graph, prompt_embeds_index=index, prompt_embeds=rows), expected)
+    assert float((expected - logits(original)).abs().max()) > 1e-2
 
 
 def test_the_whole_pipeline_in_verify_mode_and_with_adapters() -> None:
@@ -201,9 +181,10 @@ class Reads(TinyCausal):
         (Reads(), "embed", "besides their embeddings"),
         (TinyCausal(), "places", "not that of its tokens"),
         (TinyCausal(), "norm", "in 2 places"),
-        (Small(), "places", "in 0 places"),
+        (AttentionOnly(), "norm", "besides their embeddings"),
+        (TinyCausal(), "conv", "in 0 places"),
     ],
-    ids=["twice", "ids", "of positions", "no embedding", "never called"],
+    ids=["twice", "ids", "of positions", "several", "behind a layer", "never called"],
 )
 def test_must_not_fire(model: TinyCausal, embedding: str, reason: str) -> None:
     graph = before(model, getattr(model, embedding))

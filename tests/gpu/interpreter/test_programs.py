@@ -2,23 +2,26 @@
 
 from __future__ import annotations
 
+from contextlib import nullcontext
 from typing import Any
 
 import pytest
 import torch
 from gpu.devices import lower_for_cuda, to_cuda
-from graphs.causal_models import VOCABULARY, TinyCausal
+from graphs.causal_models import HIDDEN, VOCABULARY, TinyCausal
 from graphs.one_op import one_op_graph
 
 from llmopt.codegen.cpu.native import KernelError
 from llmopt.compiler import vocabulary  # noqa: F401  (declares the ops)
 from llmopt.compiler.graph import placeholders
+from llmopt.compiler.input_embeddings import marked
 from llmopt.compiler.opspec import OPS
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import run_pipeline
 from llmopt.passes.pipeline import step_pipeline
 from llmopt.runtime.cuda_executable import CudaExecutable
-from llmopt.runtime.cuda_graphs import pad_decode
+from llmopt.runtime.cuda_graphs import is_decode, pad_decode
+from llmopt.runtime.prompt_embeds import place_embeds
 from llmopt.runtime.step_batch import StepBatch
 from llmopt.runtime.step_program import StepProgram
 from llmopt.runtime.weights import WeightBinder
@@ -28,13 +31,14 @@ BLOCK = 4
 CPU = torch.device("cpu")
 
 
-def step_program(model: torch.nn.Module) -> StepProgram:
+def step_program(model: TinyCausal, prompt_embeds: bool = False) -> StepProgram:
     """The model as a step program for a GPU, run on the CPU."""
-    captured, arguments = trace_forward(model, 40)
+    with marked(model.embed) if prompt_embeds else nullcontext():
+        captured, arguments = trace_forward(model, 40)
     for index, node in enumerate(placeholders(captured.graph)):
         node.meta["argument"], node.meta["weight"] = index, captured.weights[index]
     to_cuda(captured.graph)
-    run_pipeline(captured.graph, step_pipeline(BLOCK), Options())
+    run_pipeline(captured.graph, step_pipeline(BLOCK, prompt_embeds=prompt_embeds), Options())
     lowered = lower_for_cuda(captured.graph)
     assert not lowered.program.fallbacks
     specs: list[Any] = []
@@ -76,6 +80,24 @@ def test_chunked_prefill_and_padded_decode_equal_eager() -> None:
         assert places <= slots, "the fillers of a padded step must not be stored"
     torch.testing.assert_close(program(last, cache), wanted, rtol=1e-4, atol=1e-4)
     assert program.executable.launched > 0
+
+
+def test_tokens_that_are_given_as_embeddings() -> None:
+    """Beside others in one step, and in a padded decode step, which has none."""
+    model = TinyCausal()
+    program = step_program(model, prompt_embeds=True)
+    cache = program.new_cache(6)
+    for memory in cache.tensors:
+        memory.zero_()
+    rows = [torch.randint(0, VOCABULARY, (n,)).tolist() for n in (6, 5)]
+    blocks = [cache.allocate(len(row) + 1) for row in rows]
+    batch = StepBatch.build([[0] * 5, rows[1][:-1]], [0, 0], blocks, BLOCK)
+    batch = place_embeds(batch, [model.embed(torch.tensor(rows[0][:5])).detach()], [range(5)])
+    wanted = torch.stack([model(torch.tensor([row]))[0, -2:].detach() for row in rows], 1)
+    torch.testing.assert_close(program(batch, cache), wanted[0], rtol=1e-4, atol=1e-4)
+    last = StepBatch.build([row[-1:] for row in rows], [len(row) - 1 for row in rows], blocks, BLOCK)
+    assert is_decode(last) and not is_decode(place_embeds(last, [torch.zeros(1, HIDDEN)], [range(1)]))
+    torch.testing.assert_close(program.run(pad_decode(last, 4, 4), cache)[:2], wanted[1], rtol=1e-4, atol=1e-4)
 
 
 def test_an_index_out_of_range_is_an_error_each_time() -> None:
