@@ -32,6 +32,8 @@ _PLAIN = (
 )
 _CALLED = ("forward", "__call__")
 _VERSIONED = sys.stdlib_module_names | {"torch", "builtins"}
+# Modules that code reaches through the package that they are in. Others come to be there when somebody imports them.
+_PARTS = frozenset({"torch.nn", "torch.nn.functional", "torch.fft", "torch.linalg", "torch.special"})
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 
@@ -102,7 +104,7 @@ class _Walk:
         if isinstance(value, type):
             return self._class(value)
         if isinstance(value, types.ModuleType):
-            self._spaces.append((_versioned(value.__name__), dict(vars(value))))
+            self._spaces.append((_versioned(value.__name__), _contents(value)))
             return f"module {value.__name__}"
         if isinstance(value, types.MethodType):
             return f"method {self._all((value.__func__, value.__self__))}"
@@ -139,7 +141,10 @@ class _Walk:
 
     def _class(self, cls: type) -> str:
         if cls.__module__.partition(".")[0] not in sys.stdlib_module_names:
-            self._spaces.append((_versioned(cls.__module__), dict(vars(cls))))
+            space, versioned = dict(vars(cls)), _versioned(cls.__module__)
+            if versioned:
+                space.pop("__init__", None)  # Dynamo replaces that of nn.Module once it has been at work
+            self._spaces.append((versioned, space))
         return f"class {_name(cls)} {self._all(cls.__bases__)}"
 
     def _instance(self, value: Any) -> str:
@@ -165,6 +170,17 @@ class _Walk:
 
 def _name(cls: type) -> str:
     return f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _contents(module: types.ModuleType) -> dict[str, Any]:
+    """What a module holds, without the modules that are below it."""
+
+    def is_below(name: str, item: Any) -> bool:
+        # By type: some objects of PyTorch warn when they are asked for their class.
+        known = issubclass(type(item), types.ModuleType) and item.__name__ == f"{module.__name__}.{name}"
+        return known and item.__name__ not in _PARTS
+
+    return {name: item for name, item in vars(module).items() if not is_below(name, item)}
 
 
 def _versioned(module: str) -> bool:
