@@ -19,11 +19,10 @@ from safetensors import safe_open
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import llmopt
-from llmopt import engine, graph_cache, graph_key
+from llmopt import engine, graph_cache, graph_key, step_cache
 from llmopt.codegen import program_json
 from llmopt.codegen.cpu import object_cache
 from llmopt.compiler.options import Options
-from llmopt.compiler.report import Report
 from llmopt.graph_key import step_key
 from llmopt.huggingface import load_model
 
@@ -239,42 +238,52 @@ def test_a_caller_s_module_is_not_kept(prefix: str) -> None:
     assert not entries(prefix)
 
 
-@pytest.mark.parametrize("path", [("more", "caches"), ("more", "lora"), ("more", "sources"), ("program", "steps")])
-@pytest.mark.parametrize("foreign", [[["os.system", 1]], {"targets": 3}, None], ids=["list", "object", "nothing"])
+DAMAGE: list[tuple[tuple[str, ...], Any]] = [
+    (("more", "caches"), [["os.system", 1]]),
+    (("more", "caches"), None),
+    (("more", "lora"), {"targets": 3}),
+    (("more", "lora"), [1]),
+    (("more", "sources"), ["nowhere"]),
+    (("more", "sources"), [99]),
+    (("more", "sources"), [{}]),
+    (("more", "sources"), None),
+    (("more",), {}),
+    (("more",), None),
+    (("program", "steps"), [["os.system", 1]]),
+    (("weights", "calls"), [["os.system.default", [], {}]]),
+]
+
+
 def test_an_entry_of_foreign_content_is_compiled_again(
-    path: tuple[str, str], foreign: Any, llama: Path, prefix: str, caplog: pytest.LogCaptureFixture
+    llama: Path, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    if path == ("more", "lora") and foreign is None:
-        pytest.skip("that is what it holds")
-    model = load_model(llama, None)
-
-    def compiled() -> Any:
-        report = Report()
-        made = engine.ModelEngine(load_model(llama, None), Options.make(), report, source=lambda: model)
-        made.program()
-        return report.graphs[0]
-
-    compiled()
-    (entry,) = entries(prefix)
-    data = json.loads(object_cache.read(entry.name) or b"")
-    data[path[0]][path[1]] = foreign
-    object_cache.write(entry.name, json.dumps(data).encode())
-    with caplog.at_level(logging.WARNING):
-        graph = compiled()
-    assert not graph.from_cache and "cannot be used" in caplog.text
-    assert compiled().from_cache  # the bad entry was replaced
-
-
-def test_a_source_that_the_model_does_not_have(llama: Path, prefix: str, caplog: pytest.LogCaptureFixture) -> None:
     answers(llmopt.LLM(llama))
     (entry,) = entries(prefix)
-    data = json.loads(object_cache.read(entry.name) or b"")
-    data["more"]["sources"] = ["nowhere" if isinstance(name, str) else name for name in data["more"]["sources"]]
+    name = entry.name.removeprefix(prefix).removesuffix(".graph")
+    weights = dict(load_model(llama, None).named_parameters(remove_duplicate=False))
+    buffers = dict(load_model(llama, None).named_buffers())
+    whole = object_cache.read(entry.name) or b""
+    names = {**weights, **buffers}.keys()
+    assert step_cache.find(name, names) is not None
+    assert step_cache.find(name, set()) is None  # a model without such weights
+    for path, foreign in DAMAGE:
+        data = json.loads(whole)
+        place = data
+        for part in path[:-1]:
+            place = place[part]
+        place[path[-1]] = foreign
+        object_cache.write(entry.name, json.dumps(data).encode())
+        caplog.clear()
+        with caplog.at_level(logging.WARNING):
+            found = step_cache.find(name, names)
+        assert found is None and "cannot be used" in caplog.text, (path, foreign)
+    data = json.loads(whole)
+    data["more"]["caches"] = None
     object_cache.write(entry.name, json.dumps(data).encode())
     llm = llmopt.LLM(llama)
-    with caplog.at_level(logging.WARNING):
-        answers(llm)
-    assert not llm.report.graphs[0].from_cache and "unknown source" in caplog.text
+    answers(llm)
+    assert not llm.report.graphs[0].from_cache
+    assert step_cache.find(name, names) is not None  # it was written anew
 
 
 @pytest.mark.slow
