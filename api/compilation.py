@@ -6,14 +6,14 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx
 
-from llmopt import graph_cache
+from llmopt import graph_cache, step_cache
 from llmopt.codegen.lower import Lowered, lower
 from llmopt.codegen.program import Program
 from llmopt.compiler.capture import Captured, capture, specialized_floats
@@ -30,6 +30,7 @@ from llmopt.passes.pipeline import InsertLora, backend_pipeline, step_pipeline
 from llmopt.runtime.compiled import CompiledGraph
 from llmopt.runtime.step_program import StepProgram
 from llmopt.runtime.weights import WeightBinder
+from llmopt.step_cache import Source
 
 log = logging.getLogger(__name__)
 
@@ -147,24 +148,55 @@ def _check_fallbacks(report: GraphReport, options: Options) -> None:
 class CompiledStep:
     """A step program that has no weights yet.
 
-    weight_names: for each argument of the captured graph, the qualified name of the parameter behind it.
+    sources: where each argument of its graph comes from.
     """
 
     program: StepProgram
     binder: WeightBinder
     report: GraphReport
-    arguments: list[int | None]
+    sources: list[Source]
 
-    def bind(self, captured_arguments: Sequence[Any], *, consume: bool = False) -> None:
-        """Binds the weights, given the captured graph's arguments as they are now; see `WeightBinder.resolve`."""
-        arguments = [None if i is None else captured_arguments[i] for i in self.arguments]
+    def bind(self, tensors: Mapping[str, torch.Tensor], *, consume: bool = False) -> None:
+        """Binds the weights, given the module's parameters and buffers as they are now; see `WeightBinder.resolve`."""
+        arguments = [tensors.get(source) if isinstance(source, str) else source for source in self.sources]
         self.program.bind(self.binder.resolve(arguments, consume=consume))
 
 
-def compile_step(captured: Captured, options: Options, *, prompt_embeds: bool = False) -> CompiledStep:
+def kept_step(
+    key: str, names: Collection[str], options: Options, compile_again: Callable[[], CompiledStep]
+) -> CompiledStep | None:
+    """What an earlier process compiled under this key; `compile_again` makes the same for those who ask for details."""
+    start = time.perf_counter()
+    found = step_cache.find(key, names)
+    if found is None:
+        return None
+    kept, report = found.kept, found.kept.report
+    program = StepProgram(kept.program, found.caches, options.block_size, options.threads, lora=found.lora)
+    report.kernels = kernel_uses(kept.program)
+    report.batch_invariant = kept.program.batch_invariant
+    report.native_calls = program.executable.num_kernel_runs
+    report.make_details = lambda: compile_again().report.details
+    report.program = weakref.ref(program)
+    report.seconds = {"reading the cache": time.perf_counter() - start}
+    return CompiledStep(program, WeightBinder(kept.graph, kept.weights), report, found.sources)
+
+
+def compile_step(
+    captured: Captured,
+    options: Options,
+    sources: Sequence[Source] = (),
+    key: str | None = None,
+    *,
+    prompt_embeds: bool = False,
+) -> CompiledStep:
     """Compiles a cache-less graph `logits[1, S, V] = f(input_ids[1, S])` into a step program.
 
-    With `prompt_embeds`, tokens may be given as embeddings; the graph is then marked (`compiler/input_embeddings.py`).
+    Args:
+        captured: the graph.
+        options: of the compilation and of the program.
+        sources: where each argument of the graph comes from; without them the step cannot be bound.
+        key: what the step is kept under for later processes, None for not at all.
+        prompt_embeds: tokens may be given as embeddings; the graph is then marked (`compiler/input_embeddings.py`).
 
     Raises UnsupportedError, with the op and the line of the user's model, when it cannot run over a paged cache.
     """
@@ -192,8 +224,11 @@ def compile_step(captured: Captured, options: Options, *, prompt_embeds: bool = 
     report.native_calls = program.executable.num_kernel_runs
     report.program = weakref.ref(program)
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}
-    binder = WeightBinder(graph, lowered.weights)
-    return CompiledStep(program, binder, report, [node.meta.get("argument") for node in placeholders(graph)])
+    arguments = [node.meta.get("argument") for node in placeholders(graph)]
+    step_sources = [sources[i] if sources and i is not None else None for i in arguments]
+    if key is not None:
+        step_cache.keep(key, lowered.program, graph, lowered.weights, step_sources, caches, lora, report)
+    return CompiledStep(program, WeightBinder(graph, lowered.weights), report, step_sources)
 
 
-__all__ = ["CompiledStep", "Program", "compile_backend", "compile_step"]
+__all__ = ["CompiledStep", "Program", "compile_backend", "compile_step", "kept_step"]

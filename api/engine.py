@@ -3,18 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
-from llmopt.compilation import CompiledStep, compile_step
+from llmopt.compilation import CompiledStep, compile_step, kept_step
 from llmopt.compiler.input_embeddings import marked
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
+from llmopt.graph_key import step_key
 from llmopt.huggingface import ModelInfo, describe
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.step_program import StepProgram
+from llmopt.step_cache import Source
 from llmopt.tracing import trace_forward
 
 
@@ -28,15 +30,24 @@ class ModelEngine:
         model: what to compile.
         options: for compilation and engine.
         report: gets an entry for each compiled graph.
-        owned: nobody else has the module, so its weights stay what they are, and a later generation may use the keys
-            and values of an earlier one. Otherwise each generation starts without: not every write to a weight can be
-            seen. What an owned module's weights were transposed or merged from gives up its memory.
+        source: makes the same module again, for one that llmopt has made itself. Nobody else has it then, so its
+            weights stay what they are, and a later generation may use the keys and values of an earlier one. Otherwise
+            each generation starts without: not every write to a weight can be seen. What such a module's weights were
+            transposed or merged from gives up its memory, and its step program is kept for later processes.
     """
 
-    def __init__(self, model: torch.nn.Module, options: Options, report: Report, *, owned: bool = False) -> None:
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        options: Options,
+        report: Report,
+        *,
+        source: Callable[[], torch.nn.Module] | None = None,
+    ) -> None:
         self.info: ModelInfo = describe(model)
-        self.options, self.report, self._owned = options, report, owned
-        self._compiled: dict[tuple[Any, ...], tuple[CompiledStep, list[str | torch.Tensor | None]]] = {}
+        self.options, self.report = options, report
+        self._source, self._owned = source, source is not None
+        self._compiled: dict[tuple[Any, ...], CompiledStep] = {}
         self._core: EngineCore | None = None
 
     @property
@@ -60,7 +71,7 @@ class ModelEngine:
         """
         prompt_embeds = prompt_embeds or self.options.enable_prompt_embeds
         if self._owned and self._compiled:
-            ((step, _),) = self._compiled.values()
+            (step,) = self._compiled.values()
             return step.program
         tensors = self._tensors()
         # Tied weights are one argument of the graph, so a tie that is broken later needs another graph.
@@ -69,30 +80,46 @@ class ModelEngine:
         layouts = ((name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items())
         signature = (prompt_embeds, *layouts, *ties)
         if signature not in self._compiled:
-            self._compiled[signature] = self._compile(tensors, prompt_embeds)
-        step, names = self._compiled[signature]
-        current = [tensors.get(name) if isinstance(name, str) else name for name in names]
-        step.bind(current, consume=self._owned)
+            kept = self._source is not None and prompt_embeds == self.options.enable_prompt_embeds
+            step = self._kept_or_compiled() if kept else self._compile(prompt_embeds)
+            self.report.graphs.append(step.report)
+            self._compiled[signature] = step
+        step = self._compiled[signature]
+        step.bind(tensors, consume=self._owned)
         return step.program
 
-    def _compile(
-        self, tensors: Mapping[str, torch.Tensor], prompt_embeds: bool
-    ) -> tuple[CompiledStep, list[str | torch.Tensor | None]]:
+    def _kept_or_compiled(self) -> CompiledStep:
+        """The step program of a module that is as llmopt made it, from the cache where it is there."""
+        key, source, options = step_key(self.info.module, self._length, self.options), self._source, self.options
+        embeds = options.enable_prompt_embeds
+        if key is None or source is None:
+            return self._compile(embeds)
+        # The module's own weights may have given up their memory by then.
+        again = lambda: ModelEngine(source(), options, Report())._compile(embeds)  # noqa: E731
+        return kept_step(key, self._tensors().keys(), options, again) or self._compile(embeds, key)
+
+    @property
+    def _length(self) -> int:
+        """That of the sequence with which the module is captured."""
+        return self.info.max_model_len - 1
+
+    def _compile(self, prompt_embeds: bool, key: str | None = None) -> CompiledStep:
+        tensors = self._tensors()
         device = next((t.device for t in tensors.values()), torch.device("cpu"))
         with marked(self.info.embedding) if prompt_embeds else contextlib.nullcontext():
-            captured, arguments = trace_forward(self.info.forward, self.info.max_model_len - 1, device)
+            captured, arguments = trace_forward(self.info.forward, self._length, device)
         by_identity = {id(tensor): name for name, tensor in tensors.items()}
-        names: list[str | torch.Tensor | None] = []
+        constants = {id(tensor) for tensor in captured.constants}
+        sources: list[Source] = []
         for index, argument in enumerate(arguments):
-            if not isinstance(argument, torch.Tensor):
-                names.append(None)
-                continue
             name = by_identity.get(id(argument))
-            names.append(name if name is not None else argument)
             captured.weights[index] = name or captured.weights[index]
-        step = compile_step(captured, self.options, prompt_embeds=prompt_embeds)
-        self.report.graphs.append(step.report)
-        return step, names
+            if name is None and captured.weights[index] is not None and id(argument) not in constants:
+                key = None  # a tensor that only the module's code knows where to find
+            # What is no weight comes with each step.
+            is_input = captured.weights[index] is None and id(argument) not in constants
+            sources.append(name or (None if is_input else argument))
+        return compile_step(captured, self.options, sources, key, prompt_embeds=prompt_embeds)
 
     def core(self, fresh: bool = True) -> EngineCore:
         """The engine that runs requests; one for as long as the program stays the same.

@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import logging
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -38,6 +38,7 @@ class KeptGraph:
     graph, weights: as `WeightBinder` takes them.
     constants: the graph's further arguments.
     report: without what is worked out from the program.
+    more: what was kept beside it, as plain data that nobody has looked at.
     """
 
     program: Program
@@ -45,6 +46,7 @@ class KeptGraph:
     weights: list[Node]
     constants: list[torch.Tensor]
     report: GraphReport
+    more: Mapping[str, Any]
 
 
 def find(key: str) -> KeptGraph | None:
@@ -61,6 +63,7 @@ def find(key: str) -> KeptGraph | None:
             weights,
             [_tensor(item) for item in data["constants"]],
             _report(data["report"]),
+            data["more"],
         )
     except (LlmoptError, LookupError, TypeError, ValueError, RuntimeError) as error:
         log.warning("the kept graph %s cannot be used (%s); compiling it again", key, error)
@@ -74,6 +77,7 @@ def keep(
     weights: Sequence[Node],
     constants: Sequence[torch.Tensor],
     report: GraphReport,
+    more: Mapping[str, Any] | None = None,
 ) -> None:
     """Keeps a compilation; one that cannot be written down is left out, and a folder that takes nothing is no error."""
     try:
@@ -81,7 +85,9 @@ def keep(
             "program": program_json.to_json(program),
             "weights": weight_recipe.to_json(graph, weights),
             "constants": [_constant(tensor) for tensor in constants],
+            "more": dict(more or {}),
             "report": {
+                "kind": report.kind,
                 "inputs": report.inputs,
                 "passes": [{**vars(item), "skipped": dict(item.skipped)} for item in report.passes],
                 "rejected": [vars(item) for item in report.rejected],
@@ -104,7 +110,7 @@ def _file(key: str) -> str:
 def _report(data: Any) -> GraphReport:
     passes = [PassReport(**{**item, "skipped": Counter(item["skipped"])}) for item in data["passes"]]
     rejected = [Fallback(**item) for item in data["rejected"]]
-    return GraphReport("backend", list(data["inputs"]), passes, rejected=rejected, from_cache=True)
+    return GraphReport(str(data["kind"]), list(data["inputs"]), passes, rejected=rejected, from_cache=True)
 
 
 def _constant(tensor: torch.Tensor) -> list[Any]:

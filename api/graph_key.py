@@ -1,4 +1,4 @@
-"""A name for a Dynamo graph that two processes agree on: equal names, equal compiled programs."""
+"""Names for what is compiled, that two processes agree on: equal names, equal compiled programs."""
 
 from __future__ import annotations
 
@@ -11,11 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import Node
 
 import llmopt
 from llmopt import codegen, compiler, passes, runtime
+from llmopt.code_digest import code_digest
 from llmopt.codegen.cpu.templates import REGISTERED_SOURCES
 from llmopt.codegen.cpu.toolchain import host_level
 from llmopt.compiler.capture import specialized_floats, weight_names
@@ -24,7 +25,10 @@ from llmopt.compiler.options import Options
 from llmopt.passes.registry import registered_passes
 
 # Options that a compiled program has nothing to do with, and those that ask for a record of the compilation itself.
-_NO_PART = frozenset({"threads"})
+_NO_PART = frozenset(
+    {"threads", "kv_cache_memory_bytes", "gpu_memory_utilization", "swap_space_bytes", "enable_prefix_caching"}
+    | {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued", "async_scheduling"}
+)
 _WATCHED = ("fuel", "verify", "record_graphs", "rewrite_log")
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format, torch.layout)
 _ROOTS = ("torch", "_operator", "math", "builtins")
@@ -40,10 +44,7 @@ def graph_key(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
     It covers the graph, what Dynamo knows about its arguments and symbols, the options, the state of PyTorch that
     tracing looks at, the versions, the machine, and llmopt's own sources.
     """
-    if not options.graph_cache or REGISTERED_SOURCES or registered_passes():
-        return None
-    plain, chosen = dataclasses.asdict(Options()), dataclasses.asdict(options)
-    if any(chosen[name] != plain[name] for name in _WATCHED):
+    if not _may_be_kept(options):
         return None
     digest = hashlib.sha256()
     try:
@@ -51,9 +52,39 @@ def graph_key(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Option
             digest.update(f"{part}\n".encode())
     except _Unnamed:
         return None
-    kept = {name: setting for name, setting in chosen.items() if name not in _NO_PART}
-    digest.update(repr((kept, _surroundings(), _own_sources())).encode())
+    digest.update(_circumstances(options))
     return digest.hexdigest()[:32]
+
+
+def step_key(module: nn.Module, length: int, options: Options) -> str | None:
+    """A digest of all that the step program of a module depends on, or None where none is to be kept.
+
+    It covers the module's state and the code of its forward (`code_digest`), its weights' names, layouts and ties, the
+    length with which it is captured, and otherwise what `graph_key` does.
+    """
+    if not _may_be_kept(options):
+        return None
+    digest = hashlib.sha256(f"{code_digest(module)} {length}\n".encode())
+    first: dict[int, str] = {}
+    named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
+    for name, tensor in named:
+        facts = (tensor.dtype, tensor.device, tuple(tensor.shape), tensor.stride(), tensor.requires_grad)
+        digest.update(f"{name} {facts} {first.setdefault(id(tensor), name)}\n".encode())
+    digest.update(_circumstances(options))
+    return digest.hexdigest()[:32]
+
+
+def _may_be_kept(options: Options) -> bool:
+    """Whether nothing of the user's takes part in the compilation, and nobody watches it."""
+    if not options.graph_cache or REGISTERED_SOURCES or registered_passes():
+        return False
+    plain = Options()
+    return all(getattr(options, name) == getattr(plain, name) for name in _WATCHED)
+
+
+def _circumstances(options: Options) -> bytes:
+    kept = {name: setting for name, setting in dataclasses.asdict(options).items() if name not in _NO_PART}
+    return repr((kept, _surroundings(), _own_sources())).encode()
 
 
 def _parts(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Iterator[str]:
@@ -142,16 +173,24 @@ def _surroundings() -> tuple[Any, ...]:
         torch.get_default_dtype(),
         torch.are_deterministic_algorithms_enabled(),
         torch.__version__,
+        _transformers_version(),
         sys.version_info[:3],
         host_level().name,
         capabilities,
     )
 
 
+def _transformers_version() -> str:
+    """That of the one that is loaded; without it no model is one of its."""
+    return str(getattr(sys.modules.get("transformers"), "__version__", None))
+
+
 @functools.cache
 def _own_sources() -> str:
     """A digest of llmopt itself: a program that another version compiled is of no use."""
-    digest = hashlib.sha256(Path(llmopt.__file__).with_name("compilation.py").read_bytes())
+    digest = hashlib.sha256()
+    for name in ("compilation.py", "tracing.py", "engine.py", "huggingface.py", "graph_cache.py", "step_cache.py"):
+        digest.update(Path(llmopt.__file__).with_name(name).read_bytes())
     for package in (compiler, passes, codegen, runtime):
         for file in sorted(Path(package.__path__[0]).rglob("*")):
             if file.suffix in (".py", ".h", ".cpp"):

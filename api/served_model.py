@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -48,16 +50,17 @@ class ServedModel:
             self._loaded = load_program(model, self.options.threads)
             tokenizer = tokenizer or self._loaded.tokenizer
         else:
-            owned = isinstance(model, str | Path)
+            source: Callable[[], torch.nn.Module] | None = None
             if isinstance(model, str | Path):
                 tokenizer = tokenizer or load_tokenizer(model)
-                model = load_model(model, self.options.torch_dtype)
+                source = functools.partial(load_model, model, self.options.torch_dtype)
+                model = source()
             elif self.options.torch_dtype is not None:
                 model = model.to(self.options.torch_dtype)
             # Compiling needs Dynamo; running a program file does not.
             from llmopt.engine import ModelEngine
 
-            self._engine = ModelEngine(model, self.options, self.report, owned=owned)
+            self._engine = ModelEngine(model, self.options, self.report, source=source)
         self.tokenizer = tokenizer
         self.codec = TextCodec(tokenizer) if tokenizer is not None else None
 

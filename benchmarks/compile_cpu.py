@@ -1,21 +1,26 @@
 """torch.compile on CPU: llmopt beside eager PyTorch, Inductor and (where installed) OpenVINO, as a user meets them.
 
 usage: python benchmarks/compile_cpu.py [--parts llama-bfloat16 bert-float32 ...] [--peers eager inductor llmopt]
-           [--batches 1 8] [--rounds 7] [--threads 2] [--layers N] [--out benchmarks/results/compile_cpu.json]
+           [--batches 1 8] [--rounds 7] [--first-call-rounds 3] [--tokens 32] [--threads 2] [--layers N]
+           [--out benchmarks/results/compile_cpu.json]
 
-Parts are MODEL-DTYPE. `llama` (Llama-3.2-1B shape, 512 tokens into a StaticCache) measures the first call: once with
-empty caches and once more with what the first process left in them, each in a process of its own (`first_call.py`),
-peers in turns. `bert` and `vit` (BERT-base, 128 tokens; ViT-base, 224 x 224) measure samples per second at each batch
-size in interleaved rounds. Weights are random and shared; sizes are static for everybody, which is what suits
-Inductor best. A part's result replaces the one in `--out`; the plot beside it shows all parts that are there.
+Parts are MODEL-DTYPE. `llama` (Llama-3.2-1B shape, a short prompt into a StaticCache of 512) measures the first call:
+in each round once with empty caches and once more with what that left in them, each in a process of its own
+(`first_call.py`), peers in turns. Medians are reported, and what the first call is made of: Dynamo's tracing, which is
+everybody's; the forward itself (as long as a later call takes); and the rest, which is the compiler's own. `bert` and
+`vit` (BERT-base, 128 tokens; ViT-base, 224 x 224) measure samples per second at each batch size in interleaved rounds.
+Weights are random and shared; sizes are static for everybody, which is what suits Inductor best. A part's result
+replaces the one in `--out`; the plot beside it shows all parts that are there.
 
-OpenVINO's backend needs `pip install openvino`; it is no dependency. A peer that fails is listed with its error.
+OpenVINO's backend needs `pip install openvino`; it is no dependency. A peer that is not installed, does not work or
+hands the model to something else is listed with the reason. It takes no bfloat16; `--parts llama-float32` is for it.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -34,6 +39,8 @@ from rich.table import Table
 
 PARTS = ("llama-bfloat16", "bert-float32", "bert-bfloat16", "vit-float32", "vit-bfloat16")
 STATES = ("cold", "warm")
+# What a first call is made of, in the order of the table; they add up to `first_call_s`.
+SHARES = {"dynamo_s": "Dynamo", "later_call_s": "the forward", "compiler_s": "compiler's own"}
 
 
 def contestants(model: torch.nn.Module, batches: Sequence[int], names: Sequence[str]) -> list[Contestant]:
@@ -75,6 +82,7 @@ def first_call(part: str, peer: str, caches: Path, options: argparse.Namespace) 
     command = [sys.executable, str(Path(__file__).with_name("first_call.py")), kind, dtype, peer, str(caches)]
     command += ["--threads", str(options.threads)]
     command += ["--layers", str(options.layers)] if options.layers else []
+    command += ["--tokens", str(options.tokens)] if options.tokens else []
     answer = subprocess.run(command, capture_output=True, text=True, check=False)
     if answer.returncode != 0:
         return {"error": answer.stderr.strip()[-2000:]}
@@ -83,42 +91,57 @@ def first_call(part: str, peer: str, caches: Path, options: argparse.Namespace) 
 
 def measure_first_call(part: str, options: argparse.Namespace) -> dict[str, Any]:
     """The first call of each peer, cold and warm, each in a fresh process."""
-    setting = conditions(part=part, layers=options.layers or "all")
+    tokens = options.tokens or MODELS[part.partition("-")[0]].length
+    setting = conditions(part=part, layers=options.layers or "all", tokens=tokens)
     probe = Probe(options.threads)
-    samples: dict[str, dict[str, list[dict[str, Any]]]] = {p: {s: [] for s in STATES} for p in options.peers}
+    peers = [peer for peer in options.peers if BACKENDS[peer] is not None]
+    samples: dict[str, dict[str, list[dict[str, Any]]]] = {p: {s: [] for s in STATES} for p in peers}
     bandwidth = []
     for _ in range(options.first_call_rounds):
         with tempfile.TemporaryDirectory(prefix="compile-cpu-") as folder:
             for state in STATES:
                 bandwidth.append(max(probe.read_gb_s() for _ in range(5)))
-                for peer in options.peers:
+                for peer in peers:
                     samples[peer][state].append(first_call(part, peer, Path(folder) / peer, options))
-    result = {"conditions": setting, "read_gb_s": {"samples": bandwidth}, "first_call": samples}
+    medians = {peer: {state: median(found) for state, found in states.items()} for peer, states in samples.items()}
+    result = {
+        "conditions": setting,
+        "read_gb_s": {"samples": bandwidth},
+        "first_call_median": medians,
+        "first_call": samples,
+    }
     print_first_call(part, result)
     return result
 
 
-def best(samples: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
-    """The quickest of the processes that came through: whatever else runs can only make one slower."""
-    good = [s for s in samples if "error" not in s]
-    return min(good, key=lambda s: float(s["first_call_s"])) if good else None
+def median(samples: Sequence[dict[str, Any]]) -> dict[str, float] | None:
+    """The median of every figure over the processes that came through; None where none did."""
+    good = [sample for sample in samples if "error" not in sample]
+    return {key: statistics.median(sample[key] for sample in good) for key in good[0]} if good else None
 
 
 def print_first_call(part: str, result: dict[str, Any]) -> None:
-    table = Table(title=f"{part}: first call")
-    for column in ("", "seconds", "of it Dynamo", "of it imports", "later calls", "peak memory"):
+    rounds = max(len(samples) for states in result["first_call"].values() for samples in states.values())
+    table = Table(title=f"{part}: first call, seconds, medians of {rounds}")
+    columns = ("", "first call", *SHARES.values(), "to Inductor's", "own to\nInductor's", "imports", "peak memory")
+    for column in columns:
         table.add_column(column, justify="right" if column else "left")
     console = Console()
+    medians = result["first_call_median"]
     for peer, states in result["first_call"].items():
         for state, samples in states.items():
-            found = best(samples)
+            errors = [sample["error"] for sample in samples if "error" in sample]
+            if errors:
+                console.print(f"[red]{peer} did not run, {state}, {len(errors)} times:[/] {escape(errors[0])}")
+            found, base = medians[peer][state], medians.get("inductor", {}).get(state)
             if found is None:
-                console.print(f"[red]{peer} failed:[/] {escape(samples[0]['error'])}")
                 continue
-            times = [f"{found[key]:.2f}" for key in ("first_call_s", "dynamo_s", "import_s")]
-            later = f"{found['later_call_s']:.3f} s"
-            table.add_row(f"{peer}, {state}", *times, later, f"{found['peak_bytes'] / 2**30:.2f} GiB")
+            ratios = [f"{found[key] / base[key]:.2f}" if base else "-" for key in ("first_call_s", "compiler_s")]
+            times = [f"{found[key]:.2f}" for key in ("first_call_s", *SHARES)]
+            memory = f"{found['peak_bytes'] / 2**30:.2f} GiB"
+            table.add_row(f"{peer}, {state}", *times, *ratios, f"{found['import_s']:.2f}", memory)
     console.print(table)
+    console.print(", ".join(f"{key} {value}" for key, value in result["conditions"].items()))
 
 
 def plot(parts: dict[str, Any], path: Path) -> bool:
@@ -128,7 +151,7 @@ def plot(parts: dict[str, Any], path: Path) -> bool:
     except ImportError:
         return False
     encoders = {name: part for name, part in parts.items() if "median" in part}
-    calls = {name: part for name, part in parts.items() if "first_call" in part}
+    calls = {name: part for name, part in parts.items() if "first_call_median" in part}
     panels = [draw for draw, data in ((_throughputs, encoders), (_first_calls, calls)) if data]
     figure = Figure(figsize=(6 * len(panels), 4), layout="constrained")
     for draw, axes in zip(panels, figure.subplots(1, len(panels), squeeze=False)[0], strict=True):
@@ -161,29 +184,31 @@ def _throughputs(axes: Any, parts: dict[str, Any]) -> None:
 
 
 def _first_calls(axes: Any, parts: dict[str, Any]) -> None:
-    """Seconds of the first call of each compiler, Dynamo's own apart."""
-    labels, tracing, rest = [], [], []
-    for part in parts.values():
-        for peer, states in part["first_call"].items():
-            for state, samples in states.items():
-                found = best(samples)
-                if found is not None and peer != "eager":
-                    labels.append(f"{peer}\n{state}")
-                    tracing.append(found["dynamo_s"])
-                    rest.append(found["first_call_s"] - found["dynamo_s"])
-    axes.bar(labels, tracing, label="Dynamo")
-    bars = axes.bar(labels, rest, bottom=tracing, label="everything else")
-    axes.bar_label(bars, [f"{a + b:.1f}" for a, b in zip(tracing, rest, strict=True)])
+    """Seconds of the first call of each compiler, and what they are made of."""
+    found = {
+        f"{peer.replace('-', chr(10), 1)}\n{state}": medians
+        for part in parts.values()
+        for peer, states in part["first_call_median"].items()
+        for state, medians in states.items()
+        if medians is not None
+    }
+    bottom = [0.0] * len(found)
+    for key, label in SHARES.items():
+        heights = [max(0.0, medians[key]) for medians in found.values()]
+        bars = axes.bar(list(found), heights, bottom=bottom, label=label)
+        bottom = [low + height for low, height in zip(bottom, heights, strict=True)]
+    axes.bar_label(bars, [f"{medians['first_call_s']:.1f}" for medians in found.values()])
     axes.set_title(f"first call, seconds ({', '.join(parts)})")
 
 
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--peers", nargs="+", choices=list(BACKENDS), default=["eager", "inductor", "llmopt"])
+    parser.add_argument("--parts", nargs="+", choices=(*PARTS, "llama-float32"), default=list(PARTS))
+    parser.add_argument("--peers", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--first-call-rounds", type=int, default=1, help="processes a peer and state")
+    parser.add_argument("--first-call-rounds", type=int, default=3, help="processes a peer and state")
+    parser.add_argument("--tokens", type=int, help="length of the first call's prompt instead of 32")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     parser.add_argument("--layers", type=int, help="instead of the model's own number")
     parser.add_argument("--out", type=Path, help="JSON file, updated part by part; a plot goes beside it")

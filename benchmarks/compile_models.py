@@ -18,15 +18,19 @@ from transformers import (
     ViTModel,
 )
 
-PROMPT_TOKENS = 512
+CACHE_TOKENS = 512
 
 
 @dataclass(frozen=True)
 class Model:
-    """make: a configuration's model; inputs: keyword arguments of a forward call at a batch size."""
+    """make: a configuration's model; inputs: keyword arguments of a forward call at a batch size and a length.
+
+    length: tokens, where nothing else is asked for; 0 for models that take none.
+    """
 
     make: Callable[[dict[str, Any]], PreTrainedModel]
-    inputs: Callable[[PreTrainedModel, int], dict[str, Any]]
+    inputs: Callable[[PreTrainedModel, int, int], dict[str, Any]]
+    length: int
     measures: Literal["first call", "throughput"]
 
 
@@ -54,9 +58,9 @@ def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     return torch.randint(5, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
-def _llama_inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+def _llama_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     config = model.config
-    cache = StaticCache(config=config, max_cache_len=PROMPT_TOKENS)
+    cache = StaticCache(config=config, max_cache_len=max(length, CACHE_TOKENS))
     cache.early_initialization(
         batch_size=batch,
         num_heads=config.num_key_value_heads,
@@ -64,9 +68,9 @@ def _llama_inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
         dtype=model.dtype,
         device=model.device,
     )
-    positions = torch.arange(PROMPT_TOKENS)[None]
+    positions = torch.arange(length)[None]
     return {
-        "input_ids": _tokens(model, batch, PROMPT_TOKENS),
+        "input_ids": _tokens(model, batch, length),
         "position_ids": positions,
         "past_key_values": cache,
         "use_cache": True,
@@ -74,20 +78,21 @@ def _llama_inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
     }
 
 
-def _vit_inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
+def _vit_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     size = model.config.image_size
     pixels = torch.randn(batch, 3, size, size, generator=torch.Generator().manual_seed(0))
     return {"pixel_values": pixels.to(model.dtype)}
 
 
 MODELS: dict[str, Model] = {
-    "llama": Model(_llama, _llama_inputs, "first call"),
+    "llama": Model(_llama, _llama_inputs, 32, "first call"),
     "bert": Model(
         lambda changes: BertModel(BertConfig(**changes)),
-        lambda model, batch: {"input_ids": _tokens(model, batch, 128)},
+        lambda model, batch, length: {"input_ids": _tokens(model, batch, length)},
+        128,
         "throughput",
     ),
-    "vit": Model(lambda changes: ViTModel(ViTConfig(**changes)), _vit_inputs, "throughput"),
+    "vit": Model(lambda changes: ViTModel(ViTConfig(**changes)), _vit_inputs, 0, "throughput"),
 }
 
 
@@ -104,10 +109,10 @@ def build(kind: str, dtype: str, layers: int | None = None, **changes: Any) -> P
     return model.eval()
 
 
-def inputs(model: PreTrainedModel, batch: int) -> dict[str, Any]:
-    """Arguments of a forward call."""
-    kind = next(name for name, entry in MODELS.items() if name in model.config.model_type)
-    return MODELS[kind].inputs(model, batch)
+def inputs(model: PreTrainedModel, batch: int, length: int | None = None) -> dict[str, Any]:
+    """Arguments of a forward call; `length` tokens instead of the model's own number."""
+    found = next(entry for name, entry in MODELS.items() if name in model.config.model_type)
+    return found.inputs(model, batch, length or found.length)
 
 
 def reset(arguments: dict[str, Any]) -> dict[str, Any]:

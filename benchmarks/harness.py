@@ -188,7 +188,7 @@ def print_table(
     table.add_column("first\nround", justify="right")
     for name in result.rates:
         if name in result.failures:
-            table.add_row(name, "[red]failed")
+            table.add_row(name, "[red]not run")
             continue
         row = [name]
         for phase in phases:
@@ -201,7 +201,7 @@ def print_table(
     console = Console()
     console.print(table)
     for name, error in result.failures.items():
-        console.print(f"[red]{name} failed:[/] {escape(error)}")
+        console.print(f"[red]{name} did not run:[/] {escape(error)}")
     console.print(
         f"probed read bandwidth: median {result.bandwidth():.1f} GB/s "
         f"({min(result.read_gb_s):.1f} to {max(result.read_gb_s):.1f}); "

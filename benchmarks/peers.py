@@ -9,6 +9,7 @@ per token, which is less work per token than `generate` does.
 from __future__ import annotations
 
 import importlib
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
@@ -22,12 +23,17 @@ from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
 from llmopt.runtime.step_program import StepBatch
 
-# Arguments of torch.compile for each peer; None is the model as it is.
+# Arguments of torch.compile for each peer; None is the model as it is. OpenVINO without `aot_autograd` takes weights as
+# arguments of each call and fails on ViT and Llama; where a processor has bfloat16 arithmetic, it would choose that for
+# a float32 model, too.
 BACKENDS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "inductor": {"backend": "inductor"},
     "inductor-max-autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
-    "openvino": {"backend": "openvino"},
+    "openvino": {
+        "backend": "openvino",
+        "options": {"aot_autograd": True, "config": {"INFERENCE_PRECISION_HINT": "f32"}},
+    },
     "llmopt": {"backend": "llmopt"},
 }
 _MODULES = {"openvino": "openvino.torch", "llmopt": "llmopt.backend"}
@@ -42,6 +48,26 @@ def import_backend(name: str) -> None:
         return
     importlib.import_module("torch._dynamo")
     importlib.import_module(_MODULES.get(name, "torch._inductor.compile_fx"))
+    if name == "openvino":
+        _refuse_openvino_fallbacks()
+
+
+class _Raise(logging.Handler):
+    """Makes an error of a log message about one."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        message = record.getMessage()
+        if "failed" in message.lower():
+            raise RuntimeError(message)
+
+
+def _refuse_openvino_fallbacks() -> None:
+    """OpenVINO's backend runs what it fails on in Inductor or PyTorch, and tells so in its debug log alone."""
+    for module in ("backend", "execute"):
+        logger = logging.getLogger(f"openvino.frontend.pytorch.torchdynamo.{module}")
+        logger.setLevel(logging.DEBUG)
+        if not any(isinstance(handler, _Raise) for handler in logger.handlers):
+            logger.addHandler(_Raise())
 
 
 def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
@@ -57,6 +83,8 @@ def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
     def forward(**inputs: Any) -> Any:
         if not compiled:
             import_backend(name)
+            if name == "openvino":
+                arguments["options"]["config"]["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
             compiled.append(torch.compile(model.forward, dynamic=False, **arguments))
         return compiled[0](**inputs)
 

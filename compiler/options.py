@@ -59,8 +59,8 @@ class Options:
     record_graphs: keep the printed graph before the passes and after each, for `explain`.
     rewrite_log: a file to which every compilation appends one line of JSON about the rewrites it made, the last one in
         full; what bisection reads (also `LLMOPT_REWRITE_LOG`).
-    graph_cache: under `torch.compile`, keep compiled graphs beside the kernels and take them from there in later
-        processes (also `LLMOPT_GRAPH_CACHE=0`).
+    graph_cache: keep compiled graphs, and the step programs of folders, beside the kernels and take them from there in
+        later processes (also `LLMOPT_GRAPH_CACHE=0`).
     fallback: what happens to ops without a kernel: "warn" runs them on ATen and says so once, "silent" only records
         it for `explain`, "error" refuses the graph.
     """

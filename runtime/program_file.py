@@ -23,9 +23,7 @@ from llmopt.codegen import program_json
 from llmopt.codegen.index import Index
 from llmopt.codegen.step_costs import costs_from_json
 from llmopt.compiler.errors import InputError, ProgramFileError
-from llmopt.compiler.kv_formats import KV_CACHE_DTYPES
-from llmopt.compiler.options import MAX_LORAS
-from llmopt.compiler.step import CacheSpec, LoraSpec, LoraTarget
+from llmopt.runtime import step_json
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
@@ -72,18 +70,12 @@ def save_program(
         "program": program_json.to_json(program.program),
         "weights": names,
         "block_size": program.block_size,
-        "caches": [
-            [
-                *(c.layer, c.kv_heads, c.key_size, c.value_size, program_json.dtype_name(c.dtype)),
-                *(c.window, c.kv_dtype, c.group),
-            ]
-            for c in program.caches
-        ],
+        "caches": step_json.caches_to_json(program.caches),
         "vocab_size": vocab_size,
         "max_model_len": max_model_len,
         "eos_token_ids": list(eos_token_ids),
         "tokenizer": tokenizer,
-        "lora": _lora_json(program.adapters.spec) if program.adapters is not None else None,
+        "lora": step_json.lora_to_json(program.adapters.spec if program.adapters is not None else None),
         "costs": costs,
     }
     target = Path(path)
@@ -134,13 +126,9 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
         raise ProgramFileError(f"{path} is no valid safetensors file: {error}") from error
     program = program_json.from_json(data["program"])
     costs = costs_from_json(data.get("costs"), program)
-    caches, lora = _caches(data["caches"]), _lora(data.get("lora"))
-    pools = [
-        (value.dtype, value.sizes) for value in program.values if (value.kind, value.name) == ("input", "lora_pool")
-    ]
-    if pools != ([(lora.dtype, (lora.max_loras, lora.slot_elements))] if lora is not None else []):
-        raise ProgramFileError("the description of adapters does not fit the program")
-    block_size = _positive(data, "block_size", 1024)
+    caches, lora = step_json.caches_from_json(data["caches"]), step_json.lora_from_json(data.get("lora"))
+    step_json.check_lora(program, lora)
+    block_size = step_json.positive(data, "block_size", 1024)
     try:
         step = StepProgram(program, caches, block_size, threads, lora=lora)
         step.bind([tensors[name].to(step.executable.device) for name in names])
@@ -149,7 +137,10 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     eos = data["eos_token_ids"]
     if not isinstance(eos, list) or not all(isinstance(t, int) for t in eos):
         raise ProgramFileError("eos_token_ids is no list of numbers")
-    vocabulary, length = _positive(data, "vocab_size", 1 << 31), _positive(data, "max_model_len", 1 << 31)
+    vocabulary, length = (
+        step_json.positive(data, "vocab_size", 1 << 31),
+        step_json.positive(data, "max_model_len", 1 << 31),
+    )
     return LoadedProgram(step, vocabulary, length, tuple(eos), _tokenizer(data["tokenizer"]), costs)
 
 
@@ -178,50 +169,6 @@ def _metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
     if missing:
         raise ProgramFileError(f"the program's description lacks {missing[0]}")
     return data
-
-
-def _positive(data: dict[str, Any], key: str, most: int) -> int:
-    number = data[key]
-    if not isinstance(number, int) or isinstance(number, bool) or not 0 < number <= most:
-        raise ProgramFileError(f"{key} is {str(number)[:40]}")
-    return number
-
-
-def _caches(data: Any) -> list[CacheSpec]:
-    specs = []
-    for row in data if isinstance(data, list) else [None]:
-        if not isinstance(row, list) or len(row) != 8 or row[6] not in KV_CACHE_DTYPES:
-            raise ProgramFileError("malformed cache description")
-        numbers = [row[i] for i in (0, 1, 2, 3, 5, 7)]
-        whole = all(isinstance(n, int) and not isinstance(n, bool) and 0 <= n < 1 << 31 for n in numbers)
-        if not whole or row[7] > 1:
-            raise ProgramFileError("malformed cache description")
-        layer, heads, key_size, value_size, dtype, window, kv_dtype, group = row
-        read = program_json.read_dtype(dtype)
-        specs.append(CacheSpec(layer, heads, key_size, value_size, read, window, kv_dtype, group))
-    return specs
-
-
-def _lora_json(spec: LoraSpec) -> dict[str, Any]:
-    targets = [[target.name, target.in_features, target.out_features] for target in spec.targets]
-    dtype = program_json.dtype_name(spec.dtype)
-    return {"targets": targets, "max_loras": spec.max_loras, "max_rank": spec.max_rank, "dtype": dtype}
-
-
-def _lora(data: Any) -> LoraSpec | None:
-    if data is None:
-        return None
-    if not isinstance(data, dict) or {"targets", "max_loras", "max_rank", "dtype"} - data.keys():
-        raise ProgramFileError("malformed description of adapters")
-    targets = []
-    for row in data["targets"] if isinstance(data["targets"], list) else [None]:
-        if not isinstance(row, list) or len(row) != 3 or not isinstance(row[0], str):
-            raise ProgramFileError("malformed description of adapters")
-        if not all(isinstance(n, int) and not isinstance(n, bool) and 0 < n < 1 << 31 for n in row[1:]):
-            raise ProgramFileError("malformed description of adapters")
-        targets.append(LoraTarget(*row))
-    slots, rank = _positive(data, "max_loras", MAX_LORAS), _positive(data, "max_rank", 512)
-    return LoraSpec(tuple(targets), slots, rank, program_json.read_dtype(data["dtype"]))
 
 
 def _tokenizer(text: Any) -> Tokenizer | None:

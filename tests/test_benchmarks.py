@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import compile_cpu
 import compile_models
@@ -142,14 +143,41 @@ def test_samples_are_counted_whatever_the_batch(probe: Probe) -> None:
     assert {name: run() for name, run in eager.phases.items()} == {"batch 1": 8, "batch 3": 6, "batch 8": 8}
 
 
-def test_first_calls_stand_on_the_best_process(tmp_path: Path) -> None:
-    samples = [{"first_call_s": 9.0, "dynamo_s": 2.0}, {"error": "killed"}, {"first_call_s": 7.0, "dynamo_s": 1.0}]
-    assert compile_cpu.best(samples) == samples[2]
-    assert compile_cpu.best(samples[1:2]) is None
-    first_call = {"first_call": {"llmopt": {"cold": samples}, "inductor": {"cold": samples[1:2]}}}
+def test_first_calls_are_medians_of_the_processes_that_came_through(tmp_path: Path) -> None:
+    shares = ("dynamo_s", "later_call_s", "compiler_s")
+    samples: list[dict[str, Any]] = [
+        {"first_call_s": 6.0 + i, **dict.fromkeys(shares, 2.0 + i), "peak_bytes": 3, "import_s": 0.1} for i in (3, 0, 1)
+    ]
+    samples.insert(1, {"error": "killed"})
+    found = compile_cpu.median(samples)
+    assert found is not None and (found["first_call_s"], found["dynamo_s"]) == (7.0, 3.0)
+    assert compile_cpu.median(samples[1:2]) is None
+    calls = {"llmopt": {"cold": samples}, "inductor": {"cold": samples[1:2]}}
+    medians = {peer: {s: compile_cpu.median(m) for s, m in states.items()} for peer, states in calls.items()}
+    first_call = {"first_call": calls, "first_call_median": medians, "conditions": {}}
+    compile_cpu.print_first_call("a", first_call)
     throughput = {"median": {"inductor": {"batch 1": 2.0}, "llmopt": {"batch 1": 3.0}, "eager": {"batch 1": None}}}
     assert compile_cpu.plot({"a": first_call, "b-float32": throughput}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+def test_a_first_call_in_a_process_of_its_own(tmp_path: Path) -> None:
+    options = compile_cpu.parse(["--layers", "1", "--tokens", "3", "--threads", "1"])
+    for peer in ("llmopt", "eager"):
+        sample = compile_cpu.first_call("llama-float32", peer, tmp_path, options)
+        assert "error" not in sample, sample
+        made_of = sum(sample[key] for key in compile_cpu.SHARES)
+        assert made_of == pytest.approx(sample["first_call_s"])
+        assert (sample["dynamo_s"] > 0) is (peer == "llmopt")
+
+
+@pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
+def test_openvino_is_not_credited_with_what_pytorch_runs(probe: Probe) -> None:
+    for dtype in ("float32", "bfloat16"):  # the latter it does not take, and hands to PyTorch
+        model = compile_models.build("bert", dtype, 1, **TINY["bert"])
+        result = run_rounds(compile_cpu.contestants(model, [1], ["openvino"]), 1, {}, probe)
+        assert ("bfloat16" in result.failures.get("openvino", "")) is (dtype == "bfloat16")
 
 
 def test_the_sweep_counts_what_reaches_aten() -> None:
