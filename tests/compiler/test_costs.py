@@ -14,6 +14,7 @@ from llmopt.codegen.index import from_sympy, to_sympy
 from llmopt.codegen.lower import lower
 from llmopt.compilation import compile_step
 from llmopt.compiler.errors import OptionError
+from llmopt.compiler.input_embeddings import marked
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import run_pipeline
 from llmopt.compiler.report import CallReport, Details, Limits, Report, Timing
@@ -64,6 +65,15 @@ def test_fallbacks_have_a_cost_and_a_reason() -> None:
     call = next(c for c in details.calls if "conv" in c.origin)
     assert call.kernel is None
     assert numbers(call, {})[0] == 2 * 4 * 7 * 7 * 27
+
+
+def test_embeddings_of_prompts_have_a_size_of_their_own() -> None:
+    model = TinyCausal()
+    with marked(model.embed):
+        captured = traced(model)
+    details = compile_step(captured, Options(), prompt_embeds=True).report.details
+    assert details is not None
+    assert set(details.symbols) == {"tokens", "requests", "pages", "rows", "cache_pages", "context", "embeddings"}
 
 
 def test_step_program_in_named_sizes() -> None:

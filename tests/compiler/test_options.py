@@ -30,6 +30,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "enable_lora": ([True, False], [0, 1, "yes", None], "True"),
     "max_loras": ([1, 256], [0, -1, 257, 2.0, "4", None, True], "1 to 256"),
     "max_lora_rank": ([1, 16, 512], [0, 513, 8.0, "16", None, True], "1 to 512"),
+    "enable_prompt_embeds": ([True, False], [0, 1, "yes", None], "True"),
     "disabled_passes": ([(), ("raise_rope",)], ["raise_rope", (1,), None, 3], "tuple of pass names"),
     "fuel": ([-1, 0, 7], [-2, 1.0, "7", None, True], "-1 or more"),
     "verify": ([True, False, "revert"], [0, 1, "yes", None], "True"),
