@@ -6,6 +6,7 @@ because every fake is made by running the real view op. Kernels take strided ope
 
 from __future__ import annotations
 
+import functools
 from dataclasses import dataclass
 from typing import TypeAlias
 
@@ -85,7 +86,12 @@ class Layout:
 
 def to_stride(stride: int | torch.SymInt) -> Expr:
     """A stride as an expression; PyTorch writes `Max(1, size)` into it, which differs only where there is no entry."""
-    return to_expr(stride).replace(
+    return _without_max(to_expr(stride))
+
+
+@functools.lru_cache(4096)
+def _without_max(stride: Expr) -> Expr:
+    return stride.replace(
         lambda e: type(e).__name__ == "Max" and len(e.args) == 2 and 1 in e.args,
         lambda e: next(a for a in e.args if a != 1),
     )

@@ -20,7 +20,7 @@ from torch._functorch.aot_autograd import aot_export_module
 from torch.fx.node import Node
 
 from llmopt.compiler.errors import UnsupportedError
-from llmopt.compiler.graph import aten, fake_mode, outputs, placeholders, refresh_values
+from llmopt.compiler.graph import aten, fake_mode, mark_values, outputs, placeholders, refresh_values
 
 # The graph may contain anything eager accepts here; quantized and complex numbers have no kernels and no tests yet.
 SUPPORTED_DTYPES = frozenset(
@@ -159,6 +159,7 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     with torch.no_grad():
         module, signature = aot_export_module(copy, values, trace_joint=False, pre_dispatch=True, decompositions={})
     exported: Any = module
+    mark_values(exported.graph)
     _drop_tokens(exported.graph, len(signature.input_tokens))
     inputs = {node.name: index for index, node in enumerate(placeholders(exported.graph))}
     if signature.buffers_to_mutate or signature.parameters_to_mutate:

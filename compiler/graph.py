@@ -155,6 +155,7 @@ class Rewriter:
         val = fake_call(self.mode, target, args, kwargs)
         node = self.graph.call_function(target, args, kwargs)
         node.meta["val"] = val
+        node.meta[_MADE_FROM] = _Operands.of(node)
         if self._origin is not None and "stack_trace" in self._origin.meta:
             node.meta["stack_trace"] = self._origin.meta["stack_trace"]
         return node
@@ -185,10 +186,13 @@ class Rewriter:
 
 
 def refresh_values(graph: fx.Graph) -> None:
-    """Recomputes `meta["val"]` of every node in order; inserts a copy before a view whose input no longer allows it."""
+    """Recomputes `meta["val"]` of every node that reads other values than those that it was computed from, in order.
+
+    Inserts a copy before a view whose input no longer allows it.
+    """
     rewriter = Rewriter(graph)
     for node in list(graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or node.meta.get(_MADE_FROM) == _Operands.of(node):
             continue
         with rewriter.before(node):
             try:
@@ -199,11 +203,62 @@ def refresh_values(graph: fx.Graph) -> None:
                 flat = rewriter.call(aten.clone.default, node.args[0], memory_format=torch.contiguous_format)
                 node.update_arg(0, flat)
                 fresh = _evaluate(rewriter, node)
-        node.meta["val"] = fresh
+        if not _alike(node.meta.get("val"), fresh):  # else what reads it need not be computed again
+            node.meta["val"] = fresh
+        node.meta[_MADE_FROM] = _Operands.of(node)
+
+
+def mark_values(graph: fx.Graph) -> None:
+    """Declares that every node's `meta["val"]` is what its op gives on the values that it reads, as after tracing."""
+    for node in graph.nodes:
+        if node.op == "call_function":
+            node.meta[_MADE_FROM] = _Operands.of(node)
 
 
 def _evaluate(rewriter: Rewriter, node: Node) -> Any:
     return fake_call(rewriter.mode, node.target, node.args, node.kwargs)
+
+
+_MADE_FROM = "made_from"  # in a node's meta: what its value was computed from
+
+
+class _Operands:
+    """An op with its arguments, nodes by their values, which are told apart by identity: nobody changes a value."""
+
+    __slots__ = ("call", "values")
+
+    def __init__(self, call: Any, values: list[Any]) -> None:
+        self.call, self.values = call, values
+
+    @classmethod
+    def of(cls, node: Node) -> _Operands:
+        values: list[Any] = []
+        call = fx.node.map_arg((node.args, node.kwargs), lambda n: values.append(n.meta.get("val")))
+        return cls((node.target, call), values)
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, _Operands) or len(self.values) != len(other.values):
+            return False
+        return all(map(operator.is_, self.values, other.values)) and bool(self.call == other.call)
+
+    __hash__ = None  # type: ignore[assignment]
+
+
+def _alike(old: Any, new: Any) -> bool:
+    """Whether two fake values are the same to whoever reads them: type, sizes, and where the entries lie."""
+    if isinstance(new, list | tuple):
+        return isinstance(old, list | tuple) and len(old) == len(new) and all(map(_alike, old, new))
+    if not isinstance(new, torch.Tensor):
+        return type(old) is type(new) and _size_or_self(old) == _size_or_self(new)
+    if not isinstance(old, torch.Tensor) or old.dtype != new.dtype or old.device != new.device or old.ndim != new.ndim:
+        return False
+    pairs = [*zip(old.shape, new.shape, strict=True), *zip(old.stride(), new.stride(), strict=True)]
+    pairs.append((old.storage_offset(), new.storage_offset()))
+    return all(_size_or_self(a) == _size_or_self(b) for a, b in pairs)
+
+
+def _size_or_self(value: Any) -> Any:
+    return value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
 
 def nodes_of(graph: fx.Graph, *targets: Any) -> Iterator[Node]:

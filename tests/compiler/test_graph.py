@@ -7,11 +7,13 @@ import operator
 import pytest
 import torch
 from graphs.capturing import catch
+from graphs.causal_models import TinyCausal, traced
 from torch import Tensor
 
 from llmopt.compiler.graph import (
     Rewriter,
     aten,
+    fake_call,
     fake_mode,
     graph_text,
     is_op,
@@ -20,6 +22,7 @@ from llmopt.compiler.graph import (
     nodes_of,
     outputs,
     placeholders,
+    refresh_values,
     same_shape,
     same_size,
     tensor,
@@ -27,6 +30,9 @@ from llmopt.compiler.graph import (
     value,
     view_base,
 )
+from llmopt.compiler.options import Options
+from llmopt.compiler.pass_manager import run_pipeline
+from llmopt.passes.pipeline import BACKEND, step_pipeline
 
 
 def double_cos(x: Tensor) -> Tensor:
@@ -131,3 +137,42 @@ def test_text_shows_every_difference() -> None:
         text(lambda x: 2 * torch.cos(x.to(torch.float64)), x),
     ]
     assert len(set(variants)) == len(variants)
+
+
+def test_only_values_that_read_others_than_before_are_computed_again() -> None:
+    caught = catch(lambda x: ((x * 2).t() + 1).sin(), torch.randn(3, 5), dynamic=True)
+    graph = caught.graph
+    before = {node: node.meta["val"] for node in graph.nodes if node.op == "call_function"}
+    refresh_values(graph)
+    assert all(node.meta["val"] is val for node, val in before.items())
+    (turned,) = [node for node in before if node.target in (aten.t.default, aten.transpose.int, aten.permute.default)]
+    rewriter = Rewriter(graph)
+    (user,) = turned.users
+    with rewriter.before(user):
+        dense = rewriter.call(aten.clone.default, turned, memory_format=torch.contiguous_format)
+    user.replace_input_with(turned, dense)
+    refresh_values(graph)
+    assert turned.meta["val"] is before[turned]
+    for node in (user, *user.users):
+        if node.op == "call_function":
+            assert node.meta["val"] is not before[node]
+            assert str(node.meta["val"].stride()) == str(dense.meta["val"].stride())
+
+
+@pytest.mark.parametrize("pipeline", ["step", "backend"])
+def test_after_the_passes_every_value_is_what_its_op_gives(pipeline: str) -> None:
+    if pipeline == "step":
+        graph = traced(TinyCausal(layers=2)).graph
+        run_pipeline(graph, step_pipeline(4), Options())
+    else:
+        layer = torch.nn.TransformerEncoderLayer(16, 2, 32, batch_first=True).eval()
+        graph = catch(layer, torch.randn(2, 5, 16), dynamic=True).graph
+        run_pipeline(graph, BACKEND, Options())
+    mode = fake_mode(graph)
+    for node in graph.nodes:
+        if node.op == "call_function":
+            fresh = fake_call(mode, node.target, node.args, node.kwargs)
+            kept = node.meta["val"]
+            if isinstance(kept, torch.Tensor):
+                facts = [(v.dtype, list(v.shape), list(v.stride()), v.storage_offset()) for v in (kept, fresh)]
+                assert str(facts[0]) == str(facts[1]), node
