@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import hashlib
+import logging
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -23,6 +24,8 @@ from llmopt.compiler.capture import specialized_floats, weight_names
 from llmopt.compiler.graph import placeholders
 from llmopt.compiler.options import Options
 from llmopt.passes.registry import registered_passes
+
+log = logging.getLogger(__name__)
 
 # Options that a compiled program has nothing to do with, and those that ask for a record of the compilation itself.
 _NO_PART = frozenset(
@@ -64,7 +67,12 @@ def step_key(module: nn.Module, length: int, options: Options) -> str | None:
     """
     if not _may_be_kept(options):
         return None
-    digest = hashlib.sha256(f"{code_digest(module)} {length}\n".encode())
+    try:
+        code = code_digest(module)
+    except Exception as error:  # objects that others have made may answer in any way when they are looked at
+        log.debug("a step program is not kept: %s", error)
+        return None
+    digest = hashlib.sha256(f"{code} {length}\n".encode())
     first: dict[int, str] = {}
     named = (*module.named_parameters(remove_duplicate=False), *module.named_buffers(remove_duplicate=False))
     for name, tensor in named:
