@@ -252,7 +252,8 @@ def _alike(old: Any, new: Any) -> bool:
         return type(old) is type(new) and _size_or_self(old) == _size_or_self(new)
     if not isinstance(old, torch.Tensor) or old.dtype != new.dtype or old.device != new.device or old.ndim != new.ndim:
         return False
-    pairs = [*zip(old.shape, new.shape, strict=True), *zip(old.stride(), new.stride(), strict=True)]
+    pairs: list[tuple[Any, Any]] = [*zip(old.shape, new.shape, strict=True)]
+    pairs += zip(old.stride(), new.stride(), strict=True)
     pairs.append((old.storage_offset(), new.storage_offset()))
     return all(_size_or_self(a) == _size_or_self(b) for a, b in pairs)
 
