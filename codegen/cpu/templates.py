@@ -49,6 +49,7 @@ HEADERS: dict[str, str] = {
     "softmax": "topk.h",
     "cumsum": "scan.h",
     "index_copy": "index_copy.h",
+    "largest": "largest.h",
 }
 # Template name -> C++ text, for kernels that users have registered (`registry.py`).
 REGISTERED_SOURCES: dict[str, str] = {}
