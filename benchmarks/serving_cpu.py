@@ -84,20 +84,21 @@ class StepLog:
         self.seconds = 0.0
         self.tokens: list[int] = []
         for plan in program.executable.native_plans:
-            self._watch(plan)
+            self._watch(plan, program)
 
-    def _watch(self, plan: Any) -> None:
-        run = plan.run
+    def _watch(self, plan: Any, program: StepProgram) -> None:
+        entry = plan._entry
 
-        def timed(bases: Any, symbols: Any, threads: int) -> Any:
+        def timed(*arguments: Any) -> Any:
             begin = time.perf_counter()
             try:
-                return run(bases, symbols, threads)
+                return entry(*arguments)
             finally:
                 self.seconds += time.perf_counter() - begin
-                self.tokens.append(int(symbols[0]))  # the first symbol is the number of tokens
+                # The first symbol is the number of tokens.
+                self.tokens.append(next(iter(program.executable.last_sizes.values())))
 
-        plan.run = timed
+        plan._entry = timed
 
 
 class Llmopt:

@@ -8,9 +8,12 @@ from dataclasses import replace
 import numpy as np
 import torch
 
+from llmopt.runtime.decode_batch import DecodeBatch
 from llmopt.runtime.request import NO_BLOCK
 from llmopt.runtime.scheduler import Chunk
 from llmopt.runtime.step_program import StepBatch
+
+_SPARE = 16  # columns
 
 
 class BatchBuilder:
@@ -38,6 +41,8 @@ class BatchBuilder:
         self._tables = [np.zeros((max_num_seqs, 16), np.int32) for _ in range(num_groups)]
         # Of a step in which each request computes one token; the tensors of batches share this memory.
         self._rows, self._bounds = np.arange(max_num_seqs), np.arange(max_num_seqs + 1, dtype=np.int32)
+        # The latest batch, if it was one of decodes.
+        self._decodes: DecodeBatch | None = None
 
     def rows(self, chunk: Chunk) -> Sequence[int]:
         """Which tokens of a chunk have their logits computed: every `witness_stride`-th, counted from the last.
@@ -58,9 +63,22 @@ class BatchBuilder:
         return range(max(0, known - chunk.start), end)
 
     def build(self, chunks: Sequence[Chunk]) -> StepBatch:
-        """The batch of some chunks, of different requests."""
+        """The batch of some chunks, of different requests. It holds until the next one is built.
+
+        Where requests decode on, that is the same one with other contents.
+        """
+        latest, self._decodes = self._decodes, None
+        if latest is not None and (batch := latest.advance(chunks, self._tables)) is not None:
+            self._decodes = latest
+            return batch
+        batch = self._build(chunks)
+        if batch.input_ids.shape[0] == len(chunks):
+            self._decodes = DecodeBatch(chunks, batch, self.block_size)
+        return batch
+
+    def _build(self, chunks: Sequence[Chunk]) -> StepBatch:
         num = len(chunks)
-        pages = self._list_pages(chunks)
+        pages = _columns(self._list_pages(chunks))
         seats = np.fromiter([chunk.request.seat for chunk in chunks], np.int64, num)
         starts = np.fromiter([chunk.start for chunk in chunks], np.int64, num)
         counts = [chunk.length for chunk in chunks]
@@ -116,7 +134,15 @@ class BatchBuilder:
         """The block tables of a group, with columns for at least so many pages."""
         tables = self._tables[group]
         if pages > tables.shape[1]:
-            wider = np.zeros((len(tables), max(pages, 2 * tables.shape[1])), np.int32)
+            wider = np.zeros((len(tables), max(_columns(pages), 2 * tables.shape[1])), np.int32)
             wider[:, : tables.shape[1]] = tables
             self._tables[group] = tables = wider
         return tables
+
+
+def _columns(pages: int) -> int:
+    """Columns of the block tables of a batch that needs so many: some more, for pages that are still to come.
+
+    Never more than the next power of two, the width that captured decode steps have in any case (`cuda_graphs.py`).
+    """
+    return 1 << (pages - 1).bit_length() if pages <= _SPARE else -(-pages // _SPARE) * _SPARE

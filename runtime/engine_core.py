@@ -82,6 +82,8 @@ class EngineCore:
         )
         self.eos_token_ids = info.eos_token_ids
         self._sampler = Sampler(info.vocab_size, info.eos_token_ids)
+        # What a step has found of its logits, if it looked at all of them and no more.
+        self._largest = program.largest if program.vocab_size == info.vocab_size else lambda logits: None
         self._ids = map(str, itertools.count())
         self._lock = threading.RLock()
         device = program.executable.device
@@ -301,7 +303,7 @@ class EngineCore:
         self._load_adapters(plan.chunks)
         # Built here: what happens to requests while the step runs must not reach it.
         batch = self._batch(plan.chunks)
-        return Flight(plan, lambda: self._forward(batch), self._worker)
+        return Flight(plan, lambda: self._forward(batch), self._worker, self.scheduler.num_left)
 
     def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
         batch = self._builder.build(chunks)
@@ -310,18 +312,22 @@ class EngineCore:
     def _settle(self, flight: Flight) -> list[Request]:
         """Chooses tokens from the logits of a step, and takes them to its requests."""
         plan = flight.plan
+        chunks: Sequence[Chunk] = plan.chunks
         try:
             logits = flight.logits()
         except Exception as error:
             # Somebody in the batch is to blame. Steps may be repeated: they write the same keys and values again.
-            chunks: Sequence[Chunk] = [chunk for chunk in plan.chunks if self.scheduler.is_wanted(chunk)]
+            chunks = [chunk for chunk in plan.chunks if self.scheduler.is_wanted(chunk)]
             results: list[int | Exception | None] = [_failure(error)] * len(chunks)
             if len(plan.chunks) > 1:
                 results = [self._alone(chunk) for chunk in chunks]
         else:
-            chunks, logits = self._wanted(plan.chunks, logits)
+            if flight.num_left != self.scheduler.num_left:
+                chunks, logits = self._wanted(chunks, logits)
             results = self._choose(chunks, logits)
-        changed = self.scheduler.commit(StepPlan(tuple(chunks), plan.moves), results)
+        if chunks is not plan.chunks:
+            plan = StepPlan(tuple(chunks), plan.moves)
+        changed = self.scheduler.commit(plan, results)
         for request in changed:
             _publish(request)
         return changed
@@ -357,9 +363,15 @@ class EngineCore:
 
     def _choose(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[int | Exception | None]:
         """The next token of each chunk that ends in one, given the logits of the rows that the builder asked for."""
+        found = self._largest(logits)
+        if found is not None and len(found[0]) == len(chunks):
+            # A row for each chunk is its last one's, and chunks that sample have no others.
+            states = [chunk.request.sampling_state for chunk in chunks if chunk.samples]
+            if len(states) == len(chunks) and all(state.is_plain for state in states):
+                return [*self._sampler.take_largest(*found, states)]
         results: list[int | Exception | None] = [None] * len(chunks)
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
-        if len(logits) != len(sampling):
+        if logits.shape[0] != len(sampling):
             every = logits
             logits = self._check_witnesses(chunks, logits, results)
             self._keep_prompt_logprobs(chunks, every, results)

@@ -50,10 +50,11 @@ class Flight:
         plan: what it computes.
         run: computes the logits.
         worker: where.
+        num_left: the scheduler's count of requests that stopped running, when the step was planned.
     """
 
-    def __init__(self, plan: StepPlan, run: Callable[[], torch.Tensor], worker: Worker | None) -> None:
-        self.plan, self._run = plan, run
+    def __init__(self, plan: StepPlan, run: Callable[[], torch.Tensor], worker: Worker | None, num_left: int) -> None:
+        self.plan, self._run, self.num_left = plan, run, num_left
         self._future = worker.submit(run) if worker is not None else None
 
     def wait(self) -> None:

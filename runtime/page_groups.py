@@ -51,6 +51,8 @@ class Move(NamedTuple):
 class PageGroups:
     """The pages of all groups.
 
+    `has_windows`: whether pages are given back before their request ends.
+
     `moves` are to be performed from the left, and each removed once it is done, before the next step runs: one may read
     what another wrote. None is ever dropped. One that nobody needs any more does no harm, for whoever has its targets
     by now writes to them later.
@@ -66,6 +68,7 @@ class PageGroups:
         self.moves: deque[Move] = deque()
         self._chunk = chunk
         self._windowed = [(number, group) for number, group in enumerate(groups) if group.window]
+        self.has_windows = bool(self._windowed)
 
     # ---- how many ---------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ class BlockTable:
         return self.blocks[self.num_passed :]
 
 
-@dataclass(eq=False)
+@dataclass(eq=False, slots=True, weakref_slot=True)
 class Request:
     """One sequence: a prompt and what has been generated for it.
 
@@ -94,7 +94,11 @@ class Request:
     # The scheduler's own.
     arrival: int = -1
     limit: int = 0
+    # Tokens that end it: stop tokens, and those that end a text unless they are ignored.
+    ends: frozenset[int] = frozenset()
     seat: int = -1
+    # How many tokens it may compute before its pages have to be looked at; only while it runs.
+    room: int = 0
     # One for each group of layers.
     tables: list[BlockTable] = field(default_factory=list)
     # Keys of the leading full blocks, as far as they were needed; how many of these blocks are filed in the pools.

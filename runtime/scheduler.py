@@ -33,6 +33,9 @@ MAX_PROMPT_ROWS = 256
 # computes, and so many tokens more change its time little; swapping would copy their pages twice.
 MIN_SWAPPED_TOKENS = 64
 
+# Full pages of a decoding request that are filed together: hashing touches much that a step has put out of the caches.
+FILED_TOGETHER = 4
+
 # Waiting requests that are looked at when the first of them has to wait for its adapter.
 LOOKAHEAD = 64
 
@@ -94,6 +97,10 @@ class Scheduler:
         self._seats = list(range(config.max_num_seqs - 1, -1, -1))
         self._adapters = AdapterSlots(config.max_loras)
         self._planned: dict[Request, Chunk] = {}
+        # How often a request has stopped running: whether all that a plan computes are still wanted.
+        self.num_left = 0
+        # All running requests in the order of their rank, where `_next_decodes` may plan for them.
+        self._decodes: list[Request] = []
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -147,6 +154,8 @@ class Scheduler:
             raise InputError(f"a request with the id {request.request_id!r} has not finished yet")
         if not self.has_room:
             raise QueueFullError(f"{len(self._waiting)} requests wait, max_num_queued is {self.config.max_num_queued}")
+        own = frozenset(request.params.stop_token_ids)
+        request.ends = own if request.params.ignore_eos else own | self.config.eos_token_ids
         request.arrival, self._arrivals = self._arrivals, self._arrivals + 1
         self.requests[request.request_id] = request
         request.tables = [BlockTable() for _ in self.pages.groups]
@@ -175,6 +184,7 @@ class Scheduler:
         child.cacheable = parent.cacheable
         child.keys = parent.keys[: count // self.pool.block_size]
         self.pages.share(child, [table.blocks[:pages] for table in parent.tables])
+        parent.room = 0  # who writes to a page that both hold gets a copy of it
         self._start(child, count)
         child.num_filed = min(parent.num_filed, count // self.pool.block_size)
 
@@ -199,6 +209,7 @@ class Scheduler:
         """Takes a running request's pages away: to the swap space, or to be computed again from its known tokens."""
         request.num_preempted += 1
         self.counters.num_preemptions += 1
+        self._file(request)
         if self._swaps(request) and self.pages.swap_out(request):
             self._leave(request)
             request.status, request.num_swapped = Status.SWAPPED, request.num_swapped + 1
@@ -216,6 +227,8 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """What the next step computes: decodes before chunks of prompts, and then requests that start."""
+        if (decodes := self._next_decodes()) is not None:
+            return decodes
         self._planned.clear()
         before = self.counters.num_preemptions
         # Decodes first: they are one token each, and nobody waits for a token because a prompt is long.
@@ -234,7 +247,27 @@ class Scheduler:
             self._admit()
         if not self._planned and self.requests:
             raise RuntimeError(f"{self.pool.num_held} of {self.pool.num_blocks} blocks are held, but not by a request")
-        return StepPlan(tuple(self._planned.values()), self.pages.moves)
+        chunks = tuple(self._planned.values())
+        if len(chunks) == len(self.running) and all(chunk.length == 1 and chunk.samples for chunk in chunks):
+            self._decodes = sorted(self.running, key=lambda r: r.rank)
+        return StepPlan(chunks, self.pages.moves)
+
+    def _next_decodes(self) -> StepPlan | None:
+        """What `plan` gives while nothing happens but decoding, with next to no work for each request; else None.
+
+        That is so where the last plan was of all running requests, each of which decoded, nobody has come or left since
+        (`_start`, `_leave`, `_enqueue` and `_end` empty `_decodes`), there are pages for all, and no waiting request
+        could start: without a free seat it could not then, and cannot now.
+        """
+        if not self._decodes or (self._waiting and self._seats):
+            return None
+        chunks = []
+        for request in self._decodes:
+            start = request.num_computed
+            if start >= request.room and not self._extend(request, start + 1):
+                return None
+            chunks.append(Chunk(request, start, 1, True))
+        return StepPlan(tuple(chunks), self.pages.moves)
 
     def prepare(self) -> None:
         """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""
@@ -254,22 +287,27 @@ class Scheduler:
         plan was made is passed over.
         """
         changed = []
-        for chunk, result in zip(plan.chunks, results, strict=True):
-            request = chunk.request
-            if not self.is_wanted(chunk):
+        size, windows, running = self.pool.block_size, self.pages.has_windows, Status.RUNNING
+        # Pages that are given back must have been filed before.
+        together, caches = (1 if windows else FILED_TOGETHER) * size, self._caches
+        for (request, start, length, _), result in zip(plan.chunks, results, strict=True):
+            if request.status is not running or request.num_computed != start:  # see `is_wanted`
                 continue
             if isinstance(result, Exception):
                 self.fail(request, result)
                 changed.append(request)
                 continue
-            request.num_computed += chunk.length
-            if self._caches and request.cacheable:
-                self.prefixes.file(request)
-            self.pages.give_back_passed(request)
+            end = request.num_computed = start + length
+            if caches and request.cacheable and end - request.num_filed * size >= together:
+                self._file(request)
+            if windows:
+                self.pages.give_back_passed(request)
             if result is not None:
-                request.tokens.append(result)
+                tokens = request.tokens
+                tokens.append(result)
                 self.counters.generation_tokens += 1
-                self._finish_if_done(request)
+                if result in request.ends or request.stop_check is not None or len(tokens) >= request.limit:
+                    self._finish_if_done(request)
                 changed.append(request)
         return changed
 
@@ -294,14 +332,20 @@ class Scheduler:
     def _make_room(self, request: Request, budget: int) -> bool:
         """Gives a request the pages of its next chunk, at the cost of requests of worse rank, or of its own."""
         upto = request.num_computed + min(len(request.tokens) - request.num_computed, budget)
-        while any(needed := self.pages.needed(request, upto)):
-            if not self.pages.short_of(needed):
-                self.pages.extend(request, needed)
-                break
+        while not self._extend(request, upto):
             victim = max(self.running, key=lambda r: r.rank)
             self.preempt(victim)
             if victim is request:
                 return False
+        return True
+
+    def _extend(self, request: Request, upto: int) -> bool:
+        """Gives a request what it needs to compute its first `upto` tokens, if there are so many pages."""
+        needed = self.pages.needed(request, upto)
+        if self.pages.short_of(needed):
+            return False
+        self.pages.extend(request, needed)
+        request.room = min(len(table.blocks) for table in request.tables) * self.pool.block_size
         return True
 
     # ---- from one state to another ---------------------------------------------------------------------------------
@@ -319,6 +363,11 @@ class Scheduler:
             return budget
         taken = sum(chunk.length for other, chunk in self._planned.items() if other.wants_prompt_rows)
         return min(budget, MAX_PROMPT_ROWS - taken)
+
+    def _file(self, request: Request) -> None:
+        """Files the full pages of a running request: before others look for them, and before it gives them up."""
+        if self._caches and request.cacheable:
+            self.prefixes.file(request)
 
     def _plan_chunk(self, request: Request, budget: int) -> int:
         left = len(request.tokens) - request.num_computed
@@ -339,6 +388,8 @@ class Scheduler:
             hit: list[list[int]] = [[] for _ in self.pages.groups]
             # Tokens whose pages are found are not computed, so there would be no logits of them.
             if self._caches and not swapped and not request.wants_prompt_rows:
+                for other in self.running:
+                    self._file(other)
                 hit = self.prefixes.find(request)
             # Others may grow: room for what they know already, and for one more page each.
             start, growth = self.pages.needed_to_start(request, hit), self.pages.growth(self.running)
@@ -414,13 +465,15 @@ class Scheduler:
 
     def _start(self, request: Request, num_computed: int) -> None:
         """From waiting to running, with pages that hold its first tokens already."""
-        request.num_computed = num_computed
+        self._decodes = []
+        request.num_computed, request.room = num_computed, 0
         request.status, request.seat = Status.RUNNING, self._seats.pop()
         if request.adapter is not None and self.config.max_loras:
             request.adapter_slot = self._adapters.pin(request.adapter)
         self.running.append(request)
 
     def _enqueue(self, request: Request) -> None:
+        self._decodes = []
         bisect.insort(self._waiting, request, key=lambda r: r.rank)
 
     def _vacate(self, request: Request) -> None:
@@ -431,6 +484,8 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         """Gives up a running request's seat."""
+        self._decodes = []
+        self.num_left += 1
         request.num_filed = 0
         self.running.remove(request)
         self._seats.append(request.seat)
@@ -442,8 +497,11 @@ class Scheduler:
 
     def _end(self, request: Request, reason: str) -> None:
         if request.status is Status.RUNNING:
+            if reason != "error":
+                self._file(request)
             self._vacate(request)
         else:
+            self._decodes = []
             self._waiting.remove(request)
             self.pages.release(request)
         request.finish_reason = reason
@@ -451,11 +509,8 @@ class Scheduler:
         del self.requests[request.request_id]
 
     def _finish_if_done(self, request: Request) -> None:
-        params, token, eos = request.params, request.tokens[-1], self.config.eos_token_ids
-        early = request.num_generated < params.min_tokens
-        ends = token in params.stop_token_ids or (token in eos and not params.ignore_eos)
         reason = None
-        if ends and not early:
+        if request.tokens[-1] in request.ends and request.num_generated >= request.params.min_tokens:
             reason = "stop"
         elif request.stop_check is not None:
             try:

@@ -3,10 +3,14 @@
 from __future__ import annotations
 
 import threading
+import weakref
 from collections.abc import Sequence
+from typing import Any, NamedTuple
 
 import torch
 
+from llmopt.codegen.cpu.largest import with_largest
+from llmopt.codegen.index import Index
 from llmopt.codegen.program import Program
 from llmopt.compiler.errors import InputError
 from llmopt.compiler.step import EMBEDS_INPUTS, CacheSpec, EmbedsSpec, LoraSpec, group_windows, step_inputs
@@ -17,6 +21,16 @@ from llmopt.runtime.kv_cache import KVCache
 from llmopt.runtime.step_batch import StepBatch
 
 Tensor = torch.Tensor
+
+
+class _Latest(NamedTuple):
+    """A call whose arguments are all held by its batch, its cache and the program: as long as these are there, it can
+    be made again. `number` is the executable's, `tokens` how many it computes."""
+
+    batch: weakref.ref[StepBatch]
+    cache: weakref.ref[KVCache]
+    number: int
+    tokens: int
 
 
 class StepProgram:
@@ -45,7 +59,9 @@ class StepProgram:
         lora: LoraSpec | None = None,
     ) -> None:
         self.program, self.caches, self.block_size = program, list(caches), block_size
-        self.executable = make_executable(program, threads, device)
+        searching = with_largest(program)
+        self.executable = make_executable(searching or program, threads, device)
+        self._largest = _Largest() if searching is not None else None
         self.graphs = DecodeGraphs(self.run) if program.target == "cuda" and not program.fallbacks else None
         self.input_names = tuple(step_inputs(caches))
         self._lock = threading.Lock()
@@ -56,6 +72,8 @@ class StepProgram:
         self._no_embeds = torch.zeros((1, size), dtype=dtype, device=self.executable.device)
         self.rows_computed = 0
         self.num_steps = 0
+        self._latest: _Latest | None = None
+        self._lent: Tensor | None = None
 
     def bind(self, weights: Sequence[Tensor]) -> None:
         """Sets the weights, in the program's order."""
@@ -77,22 +95,56 @@ class StepProgram:
             sizes[spec.group] += self.block_size * spec.bytes_per_token()
         return sizes
 
+    @property
+    def vocab_size(self) -> Index:
+        """V, the width of the logits."""
+        return self.program.results[0].sizes[-1]
+
     def __call__(
         self, batch: StepBatch, cache: KVCache, *, lend: bool = False, adapters: AdapterPool | None = None
     ) -> Tensor:
         """Logits `[R, V]` of the rows that the batch asks for; keys and values of its tokens are in the cache then.
 
         `adapters` takes the place of the program's own.
-        With `lend` the next such call may overwrite them: a step of sizes that were there before allocates nothing.
+        With `lend` the next such call may overwrite them: a step of sizes that were there before allocates nothing. The
+        batch of the call before it, whose tensors may hold something else by now, costs hardly more than the kernels.
         """
         with self._lock:
-            self.rows_computed += batch.input_ids.shape[0]
             self.num_steps += 1
-            if self.graphs is not None and adapters is None:  # graphs hold the addresses of the program's own
-                logits = self.graphs(batch, cache, self.executable)
-                if logits is not None:
+            latest = self._latest
+            if lend and adapters is None and latest is not None and latest.batch() is batch and latest.cache() is cache:
+                results = self.executable.again(latest.number)
+                if results is not None:
+                    self.rows_computed += latest.tokens
+                    logits: Tensor = results[0]
                     return logits
-            return self.run(batch, cache, lend=lend, adapters=adapters).cpu()
+            tokens = batch.input_ids.shape[0]
+            self.rows_computed += tokens
+            self._latest = self._lent = None
+            if self.graphs is not None and adapters is None:  # graphs hold the addresses of the program's own
+                replayed = self.graphs(batch, cache, self.executable)
+                if replayed is not None:
+                    return replayed
+            logits = self.run(batch, cache, lend=lend, adapters=adapters).cpu()
+            if lend and self._largest is not None:
+                self._lent = logits
+                if adapters is None and self._is_whole(batch):
+                    number = self.executable.num_calls
+                    self._latest = _Latest(weakref.ref(batch), weakref.ref(cache), number, tokens)
+            return logits
+
+    def _is_whole(self, batch: StepBatch) -> bool:
+        """Whether no argument is made for the call alone: what is bound then is still there at the next one."""
+        return (self.adapters is None or batch.adapter_index is not None) and (
+            self.prompt_embeds is None or batch.prompt_embeds_index is not None
+        )
+
+    def largest(self, logits: Tensor) -> tuple[list[float], list[int]] | None:
+        """Value and place of the first largest element of each row, for the logits that the latest call lent.
+
+        A NaN is larger than all. None for other logits, and where the program does not look for them.
+        """
+        return self._largest.found() if self._largest is not None and logits is self._lent else None
 
     def run(
         self, batch: StepBatch, cache: KVCache, *, lend: bool = False, adapters: AdapterPool | None = None
@@ -116,7 +168,8 @@ class StepProgram:
             more = [tensor.to(device, non_blocking=True) for tensor in more]
         # Weights follow among the program's arguments; they are bound already.
         rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors) - len(more))
-        logits: Tensor = self.executable([*inputs, *cache.tensors, *more, *rest], lend=lend)[0]
+        found = self._largest.tensors(batch.logits_indices.shape[0]) if self._largest is not None else ()
+        logits: Tensor = self.executable([*inputs, *cache.tensors, *more, *rest, *found], lend=lend)[0]
         return logits
 
 
@@ -129,6 +182,30 @@ def _embeds_spec(program: Program) -> EmbedsSpec | None:
                 raise InputError("prompt_embeds are no rows of numbers")
             return EmbedsSpec(size, value.dtype)
     return None
+
+
+class _Largest:
+    """Where a step writes the largest logits to, read as numbers: an op of PyTorch would cost more than all of them."""
+
+    def __init__(self) -> None:
+        self._rows = 0
+        self._make_room(16)
+
+    def _make_room(self, rows: int) -> None:
+        self._tensors = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        self._values, self._places = (tensor.numpy().data for tensor in self._tensors)
+
+    def tensors(self, rows: int) -> tuple[Tensor, Tensor]:
+        """Values and places for the next call, which gives so many rows."""
+        if rows > len(self._values):
+            self._make_room(rows)
+        self._rows = rows
+        return self._tensors
+
+    def found(self) -> tuple[list[float], list[int]]:
+        """What the latest call found, row by row."""
+        values: list[Any] = self._values[: self._rows].tolist()  # of floats, which typeshed does not know
+        return values, self._places[: self._rows].tolist()
 
 
 __all__ = ["StepBatch", "StepProgram"]

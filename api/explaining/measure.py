@@ -77,6 +77,7 @@ def measure_step(
     batch = StepBatch.build(ids, [start] * requests, blocks, program.block_size)
     before = machine_limits(program.executable.threads)
     seconds = _medians(program.executable, lambda: program(batch, cache), rounds)
+    seconds = seconds[: len(program.program.steps)]  # without the search for the largest logits
     limits = _better(before, machine_limits(program.executable.threads))
     now = {"context": start + (count + 1) // 2, "rows": requests, "pages": pages, "cache_pages": pages * requests}
     graph.timing = Timing({**sizes, **{k: v for k, v in now.items() if k in sizes}}, seconds, rounds, limits)

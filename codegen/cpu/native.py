@@ -112,7 +112,8 @@ def default_threads() -> int:
     return min(torch.get_num_threads(), available_cpus())
 
 
-def _team_size(threads: int | None) -> int:
+def team_size(threads: int | None) -> int:
+    """Threads of a run that asks for so many, 0 or None for `default_threads()`."""
     # A forked child has an OpenMP runtime that counts on its parent's threads, and none of them: it works alone.
     return 1 if _forked else threads or default_threads()
 
@@ -131,7 +132,7 @@ class NativePlan:
         self.entries = [call.entry for call in calls]
         self.labels = [call.label or call.entry for call in calls]
         self._lock = threading.Lock()
-        self._scratch = np.empty(0, np.uint8)
+        self._scratch, self._scratch_address = np.empty(0, np.uint8), 0
 
         expressions: dict[tuple[int, ...], int] = {}
         number = lambda code: expressions.setdefault(tuple(code), len(expressions))  # noqa: E731
@@ -164,6 +165,8 @@ class NativePlan:
         self._plan = _Plan(len(expressions), len(tensors), len(ints), len(calls))
         for name, values in self._arrays.items():
             setattr(self._plan, name, values.ctypes.data)
+        self._address = ctypes.addressof(self._plan)
+        self._openmp = _openmp()
         self._entry = self._library.llmopt_run
         self._entry.restype = ctypes.c_int64
         self._entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * 2
@@ -180,8 +183,20 @@ class NativePlan:
 
         `bases` are addresses, `symbols` sizes; int64 arrays are used as they are.
         """
-        with self._lock:
-            self._run(self._plan, bases, symbols, _team_size(threads))
+        self.runner(np.ascontiguousarray(bases, np.int64), np.ascontiguousarray(symbols, np.int64))(threads)
+
+    def runner(self, bases: IntArray, symbols: IntArray) -> Callable[[int | None], None]:
+        """`run` for these very arrays, whose contents count at each call; they are contiguous int64.
+
+        For what runs again and again: a call of it touches little memory, which a step has put out of the caches.
+        """
+        base_address, symbol_address = bases.ctypes.data, symbols.ctypes.data
+
+        def run(threads: int | None, _kept: Any = (bases, symbols)) -> None:
+            with self._lock:
+                self._run(self._address, base_address, symbol_address, team_size(threads))
+
+        return run
 
     def run_by_call(
         self,
@@ -192,6 +207,8 @@ class NativePlan:
     ) -> None:
         """As `run`, but one foreign call for each kernel call, inside `span(label)`."""
         row = self._arrays["calls"].itemsize * _CALL_WORDS
+        base_array, symbol_array = np.ascontiguousarray(bases, np.int64), np.ascontiguousarray(symbols, np.int64)
+        addresses = base_array.ctypes.data, symbol_array.ctypes.data
         with self._lock:
             for number, label in enumerate(self.labels):
                 part = _Plan.from_buffer_copy(self._plan)
@@ -200,24 +217,15 @@ class NativePlan:
                 if part.seconds:
                     part.seconds += number * self.seconds.strides[0]
                 with span(label):
-                    self._run(part, bases, symbols, _team_size(threads), number)
+                    self._run(ctypes.addressof(part), *addresses, team_size(threads), number)
 
-    def _run(
-        self,
-        plan: _Plan,
-        bases: Sequence[int] | IntArray,
-        symbols: Sequence[int] | IntArray,
-        threads: int,
-        first: int = 0,
-    ) -> None:
-        base_array = np.ascontiguousarray(bases, np.int64)
-        symbol_array = np.ascontiguousarray(symbols, np.int64)
+    def _run(self, plan: int, bases: int, symbols: int, threads: int, first: int = 0) -> None:
+        """Runs the plan at an address on arrays at addresses; `first` is the number of its first call."""
         needed = SCRATCH_BYTES * threads + 64
         if self._scratch.nbytes < needed:
             self._scratch = np.empty(needed, np.uint8)
-        scratch = self._scratch.ctypes.data + 63 & ~63
-        address = ctypes.addressof(plan)
-        status = self._entry(address, base_array.ctypes.data, symbol_array.ctypes.data, scratch, threads, *_openmp())
+            self._scratch_address = self._scratch.ctypes.data + 63 & ~63
+        status = self._entry(plan, bases, symbols, self._scratch_address, threads, *self._openmp)
         if status:
             call = first + status // 256
             raise KernelError(status % 256, call, self.entries[call])

@@ -49,6 +49,7 @@ HEADERS: dict[str, str] = {
     "softmax": "topk.h",
     "cumsum": "scan.h",
     "index_copy": "index_copy.h",
+    "largest": "largest.h",
 }
 # Templates that hand their results to an epilogue, if there is one (`Epilogue` of kernels/abi.h).
 EPILOGUES = frozenset({"linear"})

@@ -1,7 +1,7 @@
 """Searching rows that are as long as a vocabulary, by blocks: one fast pass over everything, then little pieces.
 
 torch's `argmax`, `topk` and `cumsum` walk a row element by element; a maximum or sum of blocks is vectorised, and so is
-NumPy's `argmax`. For 8 rows of 128256 float32 on an AVX-512 core the largest element is found in a tenth of the time.
+NumPy's `argmax`. On a CPU the largest elements are found by a kernel of our own, where there is a compiler for it.
 
 What each function gives for a row depends on this row alone, to the last bit, not on how many rows there are: a request
 draws the same token in any batch. Running sums are serial for that reason, and in float64.
@@ -12,6 +12,8 @@ from __future__ import annotations
 import numpy as np
 import torch
 from torch import Tensor
+
+from llmopt.codegen.cpu.largest import largest_kernel
 
 _MAX_BLOCK = 512  # elements that share a maximum in the search for the largest
 _TOP_BLOCK = 64  # ... for the several largest
@@ -57,9 +59,29 @@ def _segments(rows: Tensor, blocks: Tensor, size: int) -> tuple[Tensor, Tensor]:
     return rows.gather(1, places).masked_fill(missing, float("-inf")), places
 
 
+def largest_numbers(rows: Tensor, columns: int) -> tuple[list[float], list[int]] | None:
+    """`largest` of the first `columns` of rows in the CPU's memory, as numbers, by a kernel and no op of PyTorch.
+
+    None where there is no kernel for them: without a compiler, elsewhere, or of another dtype.
+    """
+    if not rows.is_cpu or rows.stride(1) != 1 or not columns:
+        return None
+    kernel = largest_kernel(rows.dtype)
+    return None if kernel is None else kernel(rows.data_ptr(), rows.shape[0], columns, rows.stride(0))
+
+
 def largest(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """Value (float32) and place of the first largest element of each row of `[R, V]`, which is float32 or bfloat16;
-    `[R]` each. A NaN is larger than all."""
+    """Value (float32) and place of the first largest element of each row of `[R, V]`, of any float dtype; `[R]` each.
+    A NaN is larger than all."""
+    found = largest_numbers(rows, rows.shape[1])
+    if found is None:
+        return _largest_without_kernel(rows)
+    return torch.tensor(found[0], dtype=torch.float32), torch.tensor(found[1], dtype=torch.int64)
+
+
+def _largest_without_kernel(rows: Tensor) -> tuple[Tensor, Tensor]:
+    if rows.dtype == torch.float16:
+        rows = rows.float()
     if rows.dtype == torch.bfloat16:
         return _largest_bfloat16(rows)
     if rows.device.type == "cpu" and rows.dtype == torch.float32 and rows.numel() <= _ONE_THREAD:
@@ -77,7 +99,7 @@ def largest(rows: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _largest_bfloat16(rows: Tensor) -> tuple[Tensor, Tensor]:
-    """`largest` without a copy in float32: the bits of positive numbers are ordered as the numbers are."""
+    """The same without a copy in float32: the bits of positive numbers are ordered as the numbers are."""
     if rows.device.type == "cpu" and rows.numel() <= _ONE_THREAD:
         bits = rows.detach().view(torch.int16).numpy()
         found = np.fromiter((row.argmax() for row in bits), np.int64, len(bits))
@@ -85,7 +107,7 @@ def _largest_bfloat16(rows: Tensor) -> tuple[Tensor, Tensor]:
         # Not so of negative numbers, of the two zeros, and of a NaN with a sign, whose bits are above -inf's.
         if highest.min(initial=1) > 0 and max((row.max() for row in bits.view(np.uint16)), default=0) <= 0xFF80:
             return torch.from_numpy(highest).view(torch.bfloat16).float(), torch.from_numpy(found)
-    return largest(rows.float())
+    return _largest_without_kernel(rows.float())
 
 
 def several_largest(rows: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -11,10 +11,12 @@ from torch import Tensor
 
 from llmopt.compiler.errors import SamplingError
 from llmopt.runtime.sampling.adjustments import adjust
-from llmopt.runtime.sampling.blocks import Workspace, largest
+from llmopt.runtime.sampling.blocks import Workspace, largest, largest_numbers
 from llmopt.runtime.sampling.logprobs import TokenLogprobs, token_logprobs
 from llmopt.runtime.sampling.state import SamplingState
 from llmopt.runtime.sampling.truncation import choose
+
+_LOWEST, _HIGHEST = -math.inf, math.inf
 
 
 class Sampled(NamedTuple):
@@ -50,18 +52,42 @@ class Sampler:
         self._scores, self._work = Workspace(), Workspace()
         self.eos_token_ids = tuple(token for token in dict.fromkeys(eos_token_ids) if 0 <= token < vocab_size)
 
-    @torch.no_grad()
     def __call__(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:
         """The next tokens for `logits[R, V]` of R sequences, which accept them.
 
         A row that cannot be sampled (NaN or infinite logits, nothing that may follow, a grammar that failed) gets an
         error and accepts nothing; the others are not affected. Logits of another shape raise SamplingError.
         """
-        if logits.ndim != 2 or len(logits) != len(states) or logits.shape[1] < self.vocab_size:
-            shape = list(logits.shape)
-            raise SamplingError(f"logits of shape {shape} for {len(states)} sequences over {self.vocab_size} token ids")
+        shape = logits.shape
+        if len(shape) != 2 or shape[0] != len(states) or shape[1] < self.vocab_size:
+            raise SamplingError(
+                f"logits of shape {list(shape)} for {len(states)} sequences over {self.vocab_size} token ids"
+            )
         if not states:
             return []
+        if all(state.is_plain for state in states):
+            found = largest_numbers(logits, self.vocab_size)
+            if found is not None:
+                tokens = self.take_largest(*found, states)
+                return [Sampled(token) if isinstance(token, int) else token for token in tokens]
+        return self._choose(logits, states)
+
+    @staticmethod
+    def take_largest(
+        values: Sequence[float], places: Sequence[int], states: Sequence[SamplingState]
+    ) -> list[int | SamplingError]:
+        """What a call gives for states that are all plain, given the largest logit of each row and its place."""
+        result: list[int | SamplingError] = []
+        for value, token, state in zip(values, places, states, strict=True):
+            if _LOWEST < value < _HIGHEST:
+                state.generated.append(token)
+                result.append(token)
+            else:
+                result.append(SamplingError(_failure(value)))
+        return result
+
+    @torch.no_grad()
+    def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:
         raw = logits[:, : self.vocab_size]
         adjusted = any(state.is_adjusted for state in states)
         plain = not adjusted and (raw.dtype == torch.float32 or _is_greedy_bfloat16(raw, states))

@@ -80,6 +80,24 @@ class SamplingState:
     not chosen greedily, so they depend on nothing else: not on the batch, not on preemption, not on the machine.
     """
 
+    __slots__ = (
+        "_always_adjusted",
+        "_random",
+        "allowed_ids",
+        "bad_words",
+        "biased_ids",
+        "biases",
+        "counts",
+        "cumulative_logprob",
+        "generated",
+        "grammar",
+        "highest_id",
+        "is_plain",
+        "params",
+        "stop_ids",
+        "wants_logprob",
+    )
+
     def __init__(
         self,
         params: SamplingParams,
@@ -118,6 +136,10 @@ class SamplingState:
             or self.bad_words
             or len(self.biased_ids)
             or len(self.allowed_ids)
+        )
+        # Whether its tokens are the largest of the model's own logits all the way, and accepting one is to append it.
+        self.is_plain = (
+            params.is_greedy and not (self._always_adjusted or self.wants_logprob) and params.min_tokens == 0
         )
         self.highest_id = max(
             max(params.stop_token_ids, default=0),

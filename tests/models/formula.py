@@ -69,8 +69,21 @@ class Memory:
         return results
 
 
+def plan_step(scheduler: Scheduler) -> StepPlan:
+    """The next plan; where it comes by the short way, that is the one which the general rules give."""
+    short = scheduler._next_decodes()
+    if short is None:
+        return scheduler.plan()
+    moves, preemptions, running = list(short.moves), scheduler.counters.num_preemptions, list(scheduler.running)
+    scheduler._decodes = []
+    general = scheduler.plan()
+    assert general.chunks == short.chunks and list(general.moves) == moves
+    assert (scheduler.counters.num_preemptions, scheduler.running) == (preemptions, running)
+    return general
+
+
 def step(scheduler: Scheduler, memory: Memory) -> tuple[StepPlan, list[Request]]:
-    plan = scheduler.plan()
+    plan = plan_step(scheduler)
     assert sum(chunk.length for chunk in plan.chunks) <= scheduler.config.max_num_batched_tokens
     assert len(scheduler.running) <= scheduler.config.max_num_seqs
     changed = scheduler.commit(plan, memory.run(plan))

@@ -11,8 +11,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from llmopt.errors import SamplingError
-from llmopt.runtime.sampling import Constraints, Sampled, Sampler, SamplingParams, SamplingState, truncation
+from llmopt.codegen.cpu.largest import largest_kernel
+from llmopt.errors import SamplingError, ToolchainError
+from llmopt.runtime.sampling import Constraints, Sampled, Sampler, SamplingParams, SamplingState, blocks, truncation
 from llmopt.runtime.sampling.blocks import Workspace, draw, largest, several_largest
 
 DRAWS = 6000
@@ -381,7 +382,12 @@ def test_logits_that_require_gradients() -> None:
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
 @pytest.mark.parametrize("vocab", [4, 511, 512, 513, 1300, 128256])
-def test_greedy_is_the_first_of_the_best(dtype: torch.dtype, vocab: int) -> None:
+@pytest.mark.parametrize("compiler", [True, False])
+def test_greedy_is_the_first_of_the_best(
+    dtype: torch.dtype, vocab: int, compiler: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not compiler:
+        monkeypatch.setattr(blocks, "largest_kernel", lambda dtype: None)
     logits = torch.randn(3, vocab + 8).to(dtype)
     logits[:, vocab:] = 99.0  # padding of the vocabulary
     logits[1, vocab // 2] = logits[1, vocab - 1] = 50.0
@@ -397,8 +403,11 @@ def test_greedy_is_the_first_of_the_best(dtype: torch.dtype, vocab: int) -> None
 
 
 @pytest.mark.parametrize("width", [40, 1300])
-def test_the_largest_by_the_bits_of_bfloat16(width: int) -> None:
+@pytest.mark.parametrize("compiler", [True, False])
+def test_the_largest_by_the_bits_of_bfloat16(width: int, compiler: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Where the order of bits is not that of numbers: negative rows, zeros of both signs, NaN of both signs."""
+    if not compiler:
+        monkeypatch.setattr(blocks, "largest_kernel", lambda dtype: None)
     rows = torch.randn(8, width).bfloat16()
     rows[1] = -rows[1].abs() - 1
     rows[2] = rows[3] = -1.0
@@ -416,6 +425,19 @@ def test_the_largest_by_the_bits_of_bfloat16(width: int) -> None:
         for kind in (torch.bfloat16, torch.float32):
             values, places = largest(rows[[0, 7]].to(kind))
             assert values.isnan().tolist() == [False, True] and places[1] == 11
+
+
+def test_without_a_compiler_the_largest_are_found_all_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    def missing(*_: Any, **__: Any) -> None:
+        raise ToolchainError("no C++ compiler found")
+
+    monkeypatch.setattr("llmopt.codegen.cpu.largest.build_library", missing)
+    monkeypatch.setattr(blocks, "largest_kernel", largest_kernel.__wrapped__)
+    logits = torch.randn(3, 700)
+    states = [SamplingState(SamplingParams(temperature=0), [1]) for _ in range(3)]
+    assert blocks.largest_numbers(logits, 700) is None
+    assert tokens_of(Sampler(700), logits, states) == logits.argmax(-1).tolist()
+    assert [state.generated for state in states] == [[token] for token in logits.argmax(-1).tolist()]
 
 
 def test_several_largest_are_those_of_topk() -> None:

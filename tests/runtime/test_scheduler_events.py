@@ -2,17 +2,45 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import pytest
+import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from models.formula import Memory, check_outputs, expected, finish, make, request, step
+from models.formula import SIZE, Memory, check_outputs, expected, finish, make, plan_step, request, step
 
 from llmopt.errors import InputError, QueueFullError
-from llmopt.runtime.request import Request, Status
-from llmopt.runtime.scheduler import StepPlan
+from llmopt.runtime.batch_builder import BatchBuilder
+from llmopt.runtime.request import NO_BLOCK, Request, Status
+from llmopt.runtime.scheduler import Chunk, StepPlan
+from llmopt.runtime.step_batch import StepBatch
+
+
+def check_batch(batch: StepBatch, chunks: Sequence[Chunk]) -> None:
+    """Against the requests' own books, one number at a time."""
+    tokens = [(chunk, at) for chunk in chunks for at in range(chunk.start, chunk.start + chunk.length)]
+    ends = list(itertools.accumulate(chunk.length for chunk in chunks))
+    assert batch.input_ids.tolist() == [chunk.request.tokens[at] for chunk, at in tokens]
+    assert batch.positions.tolist() == [at for _, at in tokens]
+    assert batch.cu_seqlens_q.tolist() == [0, *ends]
+    assert batch.logits_indices.tolist() == [end - 1 for end in ends]
+    assert batch.seq_lens.tolist() == [chunk.start + chunk.length for chunk in chunks]
+    assert batch.adapter_index is not None
+    assert batch.adapter_index.tolist() == [chunk.request.adapter_slot for chunk, _ in tokens]
+    groups = [(batch.slot_mapping, batch.block_tables), (batch.window_slot_mapping, batch.window_block_tables)]
+    for group, (slots, tables) in enumerate(groups[: len(chunks[0].request.tables)]):
+        assert slots is not None and tables is not None and tables.is_contiguous()
+        held = [chunk.request.tables[group].blocks for chunk in chunks]
+        own = [chunk.request.tables[group].blocks[at // SIZE] * SIZE + at % SIZE for chunk, at in tokens]
+        assert slots.tolist() == own
+        for row, blocks in zip(tables.tolist(), held, strict=True):
+            assert all(listed == block for listed, block in zip(row, blocks) if block != NO_BLOCK)
+            assert len(row) >= len(blocks) and min(row) >= 0
+    dtypes = {batch.seq_lens.dtype, batch.block_tables.dtype, batch.cu_seqlens_q.dtype, batch.adapter_index.dtype}
+    assert dtypes == {torch.int32}
 
 
 class Events(RuleBasedStateMachine):
@@ -59,6 +87,14 @@ class Events(RuleBasedStateMachine):
             max_loras=max_loras,
         )
         self.memory = Memory(self.scheduler)
+        self.builder = BatchBuilder(seqs, SIZE, len(windows), adapters=True)
+
+    def plan(self) -> StepPlan:
+        """The next step, whose batch is that of its chunks whatever was built before."""
+        plan = plan_step(self.scheduler)
+        if plan.chunks:
+            check_batch(self.builder.build(plan.chunks), plan.chunks)
+        return plan
 
     def pick(self, number: int, among: Sequence[Request]) -> Request:
         return among[number % len(among)]
@@ -119,7 +155,7 @@ class Events(RuleBasedStateMachine):
     @precondition(lambda self: self.count and not self.flight and self.scheduler.requests)
     def launch(self) -> None:
         """Begins a step, whose results come after other events."""
-        plan = self.scheduler.plan()
+        plan = self.plan()
         assert plan.chunks, "a step without work while requests are unfinished"
         self.scheduler.check_books()
         self.scheduler.prepare()
@@ -139,7 +175,7 @@ class Events(RuleBasedStateMachine):
         self.settle()
         if not self.scheduler.requests:
             return
-        plan = self.scheduler.plan()
+        plan = self.plan()
         assert plan.chunks, "a step without work while requests are unfinished"
         self.scheduler.check_books()
         if during == "interrupt":

@@ -5,10 +5,13 @@ from __future__ import annotations
 import sys
 from typing import Any
 
+import pytest
 import torch
 from models.zoo import build
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from llmopt import SamplingParams
+from llmopt.codegen.cpu.native import KernelError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
@@ -51,6 +54,103 @@ def test_a_decode_step_allocates_nothing() -> None:
     assert logits.data_ptr() == lent.data_ptr()
     assert (executable._arena.data_ptr(), plan._scratch.ctypes.data) == held
     assert logits.shape == (1, 131)
+
+
+def test_a_batch_may_change_in_place() -> None:
+    """What its tensors hold counts, whatever ran in between, and so do the weights of the moment."""
+    program, cache, batch = _ready()
+    other = StepBatch.build([[7, 8]], [0], [cache.allocate(16)], program.block_size)
+
+    def fresh() -> torch.Tensor:
+        copied = StepBatch(*(t.clone() if t is not None else None for t in vars(batch).values()))  # type: ignore[arg-type]
+        return program(copied, cache)
+
+    seen = []
+    for token in (5, 9, 120):
+        batch.input_ids[0] = token
+        logits = program(batch, cache, lend=True)
+        again = program(batch, cache, lend=True)
+        assert again is logits
+        seen.append(logits.clone())
+        torch.testing.assert_close(seen[-1], fresh(), rtol=0, atol=0)
+        if token == 9:
+            program(other, cache, lend=True)
+    assert not torch.equal(seen[0], seen[1])
+    program(batch, cache, lend=True)
+    bound = program.executable.weights
+    program.bind([weight * 1.5 for weight in bound])
+    scaled = program(batch, cache, lend=True).clone()
+    torch.testing.assert_close(scaled, fresh(), rtol=0, atol=0)
+    assert not torch.equal(scaled, seen[-1])
+    batch.input_ids[0] = 100_000
+    for _ in range(2):
+        with pytest.raises(KernelError):
+            program(batch, cache, lend=True)
+    batch.input_ids[0] = 9
+    program.bind(bound)
+    torch.testing.assert_close(program(batch, cache, lend=True), seen[1], rtol=0, atol=0)
+
+
+def test_a_batch_of_another_cache_is_no_repetition() -> None:
+    program, cache, batch = _ready()
+    empty = program.new_cache(8)
+    for tensor in empty.tensors:
+        tensor.zero_()
+    program(batch, cache)
+    for _ in range(2):
+        logits = program(batch, cache, lend=True).clone()
+    assert not torch.equal(program(batch, empty, lend=True), logits) or torch.equal(cache.tensors[0], empty.tensors[0])
+    cache.tensors[0].fill_(3.0)
+    assert not torch.equal(program(batch, cache, lend=True), logits)
+
+
+def test_a_step_finds_the_largest_logits() -> None:
+    program, cache, _ = _ready()
+    blocks = cache.allocate(64)
+    for count in (1, 40, 3):  # more rows than there was room for, and then fewer
+        batch = StepBatch.build([list(range(count))], [0], [blocks], program.block_size, all_logits=True)
+        for _ in range(2):
+            logits = program(batch, cache, lend=True)
+            found = program.largest(logits)
+            assert found is not None
+            assert found == (logits.amax(-1).tolist(), logits.argmax(-1).tolist())
+        assert program.largest(logits.clone()) is None
+    unlent = program(batch, cache)
+    assert program.largest(unlent) is None and program.largest(logits) is None
+
+
+def test_a_steady_decode_step_of_an_engine() -> None:
+    """Nothing but the kernels runs in PyTorch, and Python does little for each request."""
+    core = ModelEngine(build("llama"), Options.make({"max_num_seqs": 8}), Report()).core()
+    params = SamplingParams(temperature=0.0, max_tokens=40)
+    for row in range(8):
+        core.add_request([row + 1, *range(32 + row % 4)], params)
+    for _ in range(8):
+        core.step()
+    batches = []
+    calls = 0
+
+    def count(frame: Any, event: str, arg: Any) -> None:
+        nonlocal calls
+        calls += event in ("call", "c_call")
+
+    program = core.program
+
+    def watched(batch: StepBatch, cache: KVCache, *, lend: bool) -> torch.Tensor:
+        batches.append(batch)
+        return program(batch, cache, lend=lend)
+
+    core.program = watched  # type: ignore[assignment]
+    with _Ops() as ops:
+        for _ in range(20):
+            sys.setprofile(count)
+            try:
+                core.step()
+            finally:
+                sys.setprofile(None)
+    # Pages of 16 tokens are begun meanwhile: the batch has room for them.
+    assert ops.called == [] and len(set(map(id, batches))) == 1
+    assert calls < 20 * 200
 
 
 def test_results_are_fresh_unless_they_are_lent() -> None:
