@@ -29,9 +29,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from backends import BACKENDS, compiled_forward
 from compile_models import MODELS, build, inputs
 from harness import ROOT, Contestant, conditions, print_table, run_rounds, write_json
-from peers import BACKENDS, compiled_forward
 from probe import Probe
 from rich.console import Console
 from rich.markup import escape

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -58,6 +59,11 @@ def _tokens(model: PreTrainedModel, batch: int, length: int) -> torch.Tensor:
     return torch.randint(5, model.config.vocab_size, (batch, length), generator=torch.Generator().manual_seed(0))
 
 
+def cache_name(model: PreTrainedModel) -> str:
+    """What the forward of a model calls the cache that it takes: newer transformers has another name for it."""
+    return "cache" if "cache" in inspect.signature(type(model).forward).parameters else "past_key_values"
+
+
 def _llama_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, Any]:
     config = model.config
     cache = StaticCache(config=config, max_cache_len=max(length, CACHE_TOKENS))
@@ -72,7 +78,7 @@ def _llama_inputs(model: PreTrainedModel, batch: int, length: int) -> dict[str, 
     return {
         "input_ids": _tokens(model, batch, length),
         "position_ids": positions,
-        "past_key_values": cache,
+        cache_name(model): cache,
         "use_cache": True,
         "logits_to_keep": 1,
     }
@@ -117,6 +123,7 @@ def inputs(model: PreTrainedModel, batch: int, length: int | None = None) -> dic
 
 def reset(arguments: dict[str, Any]) -> dict[str, Any]:
     """The same arguments for another call: a static cache is empty again."""
-    if "past_key_values" in arguments:
-        arguments["past_key_values"].reset()
+    for argument in arguments.values():
+        if isinstance(argument, StaticCache):
+            argument.reset()
     return arguments

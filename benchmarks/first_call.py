@@ -44,8 +44,8 @@ def main() -> None:
     os.environ["LLMOPT_CACHE_DIR"] = str(options.caches / "llmopt")
 
     import torch
+    from backends import compiled_forward, import_backend
     from compile_models import build, inputs, reset
-    from peers import compiled_forward, import_backend
 
     torch.set_num_threads(options.threads)
     start_bytes = _status("VmRSS")

@@ -1,6 +1,6 @@
 """The peers: eager PyTorch, Inductor, OpenVINO, and llmopt beside them.
 
-Decoders have the same two methods, whoever runs them; `compiled_forward` is a model's forward under torch.compile.
+Decoders have the same two methods, whoever runs them; those of torch.compile are in `backends.py`.
 
 The peers use transformers' StaticCache, llmopt its step program; each runs a greedy loop of one forward and one argmax
 per token, which is less work per token than `generate` does.
@@ -8,12 +8,11 @@ per token, which is less work per token than `generate` does.
 
 from __future__ import annotations
 
-import importlib
-import logging
 from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from compile_models import cache_name
 from harness import Contestant
 from torch import Tensor
 from transformers import PreTrainedModel, StaticCache
@@ -22,73 +21,6 @@ from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
 from llmopt.runtime.step_program import StepBatch
-
-# Arguments of torch.compile for each peer; None is the model as it is. OpenVINO without `aot_autograd` takes weights as
-# arguments of each call and fails on ViT and Llama; where a processor has bfloat16 arithmetic, it would choose that for
-# a float32 model, too.
-BACKENDS: dict[str, dict[str, Any] | None] = {
-    "eager": None,
-    "inductor": {"backend": "inductor"},
-    "inductor-max-autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
-    "openvino": {
-        "backend": "openvino",
-        "options": {"aot_autograd": True, "config": {"INFERENCE_PRECISION_HINT": "f32"}},
-    },
-    "llmopt": {"backend": "llmopt"},
-}
-_MODULES = {"openvino": "openvino.torch", "llmopt": "llmopt.backend"}
-
-
-def import_backend(name: str) -> None:
-    """Loads the modules that a peer's first call would load; OpenVINO's backend is only known after that.
-
-    Raises ImportError where the peer is not installed.
-    """
-    if BACKENDS[name] is None:
-        return
-    importlib.import_module("torch._dynamo")
-    importlib.import_module(_MODULES.get(name, "torch._inductor.compile_fx"))
-    if name == "openvino":
-        _refuse_openvino_fallbacks()
-
-
-class _Raise(logging.Handler):
-    """Makes an error of a log message about one."""
-
-    def emit(self, record: logging.LogRecord) -> None:
-        message = record.getMessage()
-        if "failed" in message.lower():
-            raise RuntimeError(message)
-
-
-def _refuse_openvino_fallbacks() -> None:
-    """OpenVINO's backend runs what it fails on in Inductor or PyTorch, and tells so in its debug log alone."""
-    for module in ("backend", "execute"):
-        logger = logging.getLogger(f"openvino.frontend.pytorch.torchdynamo.{module}")
-        logger.setLevel(logging.DEBUG)
-        if not any(isinstance(handler, _Raise) for handler in logger.handlers):
-            logger.addHandler(_Raise())
-
-
-def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
-    """The model's forward as a peer of `BACKENDS` runs it, with static shapes: the best case for Inductor.
-
-    A peer that is not installed raises at its first call, as one that fails does.
-    """
-    arguments = BACKENDS[name]
-    if arguments is None:
-        return model
-    compiled: list[Callable[..., Any]] = []
-
-    def forward(**inputs: Any) -> Any:
-        if not compiled:
-            import_backend(name)
-            if name == "openvino":
-                arguments["options"]["config"]["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
-            compiled.append(torch.compile(model.forward, dynamic=False, **arguments))
-        return compiled[0](**inputs)
-
-    return forward
 
 
 class StaticDecoder:
@@ -109,6 +41,7 @@ class StaticDecoder:
     ) -> None:
         config = model.config
         self._prefill, self._decode = prefill or model, decode or model
+        self._cache_name = cache_name(model)
         self._cache = StaticCache(config=config, max_cache_len=max_tokens)
         # Now, and not at the first update: the cache's tensors must not be made inside a compiled region.
         self._cache.early_initialization(
@@ -144,7 +77,11 @@ class StaticDecoder:
 
     def _step(self, forward: Callable[..., Any], tokens: Tensor, positions: Tensor) -> Tensor:
         out = forward(
-            input_ids=tokens, position_ids=positions, past_key_values=self._cache, use_cache=True, logits_to_keep=1
+            input_ids=tokens,
+            position_ids=positions,
+            use_cache=True,
+            logits_to_keep=1,
+            **{self._cache_name: self._cache},
         )
         return out.logits[:, -1].argmax(-1, keepdim=True)
 

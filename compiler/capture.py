@@ -16,7 +16,6 @@ from typing import Any
 
 import torch
 from torch import fx
-from torch._functorch.aot_autograd import aot_export_module
 from torch.fx.node import Node
 
 from llmopt.compiler.errors import UnsupportedError
@@ -153,6 +152,9 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     for node, val in zip(nodes, values, strict=True):
         if isinstance(val, torch.Tensor):
             _check_tensor(node, val)
+    # Here, because it takes long to load and a graph that is kept from an earlier process is not captured.
+    from torch._functorch.aot_autograd import aot_export_module
+
     copy = fx.GraphModule(gm, _copy_graph(gm.graph))
     _bake_floats(copy, floats)
     _drop_dropouts(copy)
