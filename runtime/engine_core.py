@@ -72,6 +72,7 @@ class EngineCore:
         )
         # Where the program takes adapters: its slots for them, and all that are known by name.
         self._slots = program.adapters
+        self._embeds = program.prompt_embeds
         self.adapters = Adapters(self._slots.spec, stamp, read_adapter) if self._slots is not None else None
         sizes, per_page = cache_sizes(program, options, max_model_len), program.bytes_per_block_of_groups()
         self.cache = program.new_cache(sizes, host_sizes(sizes, per_page, options.swap_space_bytes))
@@ -94,7 +95,7 @@ class EngineCore:
 
     def prompt(self, given: Sequence[int] | torch.Tensor | PromptEmbeds) -> Sequence[int] | PromptEmbeds:
         """A prompt of token ids as it is, one of embeddings copied; raises InputError as `checked_embeds`."""
-        return checked_embeds(given, self.program.prompt_embeds) if isinstance(given, torch.Tensor) else given
+        return checked_embeds(given, self._embeds) if isinstance(given, torch.Tensor) else given
 
     def check(
         self,
@@ -307,7 +308,7 @@ class EngineCore:
 
     def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
         batch = self._builder.build(chunks)
-        return with_prompt_embeds(batch, chunks) if self.program.prompt_embeds is not None else batch
+        return with_prompt_embeds(batch, chunks) if self._embeds is not None else batch
 
     def _settle(self, flight: Flight) -> list[Request]:
         """Chooses tokens from the logits of a step, and takes them to its requests."""
