@@ -80,23 +80,25 @@ class ModelEngine:
         layouts = ((name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items())
         signature = (prompt_embeds, *layouts, *ties)
         if signature not in self._compiled:
-            kept = self._source is not None and prompt_embeds == self.options.enable_prompt_embeds
-            step = self._kept_or_compiled() if kept else self._compile(prompt_embeds)
+            step = self._kept_or_compiled(prompt_embeds)
             self.report.graphs.append(step.report)
             self._compiled[signature] = step
         step = self._compiled[signature]
         step.bind(tensors, consume=self._owned)
         return step.program
 
-    def _kept_or_compiled(self) -> CompiledStep:
-        """The step program of a module that is as llmopt made it, from the cache where it is there."""
-        key, source, options = step_key(self.info.module, self._length, self.options), self._source, self.options
-        embeds = options.enable_prompt_embeds
-        if key is None or source is None:
-            return self._compile(embeds)
+    def _kept_or_compiled(self, prompt_embeds: bool) -> CompiledStep:
+        """The step program, from the cache where that has it: only for a module that is as llmopt made it."""
+        source, options = self._source, self.options
+        # The key tells programs apart by their options, so it is for what the options ask for.
+        if source is None or prompt_embeds != options.enable_prompt_embeds:
+            return self._compile(prompt_embeds)
+        key = step_key(self.info.module, self._length, options)
+        if key is None:
+            return self._compile(prompt_embeds)
         # The module's own weights may have given up their memory by then.
-        again = lambda: ModelEngine(source(), options, Report())._compile(embeds)  # noqa: E731
-        return kept_step(key, self._tensors().keys(), options, again) or self._compile(embeds, key)
+        again = lambda: ModelEngine(source(), options, Report())._compile(prompt_embeds)  # noqa: E731
+        return kept_step(key, self._tensors().keys(), options, again) or self._compile(prompt_embeds, key)
 
     @property
     def _length(self) -> int:

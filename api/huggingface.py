@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -176,19 +177,23 @@ def load_model(path: str | Path, dtype: torch.dtype | None) -> torch.nn.Module:
     return model.eval()
 
 
+_LOADING = threading.Lock()
+
+
 @contextlib.contextmanager
 def _one_by_one() -> Iterator[None]:
     """transformers would read weights ahead in threads: all that are to be merged would stand in memory beside what is
     made of them."""
     name = "HF_DEACTIVATE_ASYNC_LOAD"
-    before = os.environ.get(name)
-    os.environ[name] = "1"
-    try:
-        yield
-    finally:
-        os.environ.pop(name)
-        if before is not None:
-            os.environ[name] = before
+    with _LOADING:  # the variable is the process's: of two loads at once, the later one would keep it for good
+        before = os.environ.get(name)
+        os.environ[name] = "1"
+        try:
+            yield
+        finally:
+            del os.environ[name]
+            if before is not None:
+                os.environ[name] = before
 
 
 def _check_type(folder: Path, config: Mapping[str, Any]) -> None:

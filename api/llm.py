@@ -78,9 +78,8 @@ class LLM:
             cache_salt: keys and values are shared only with calls of the same salt.
 
         Raises InputError for an empty prompt, one that is too long, a token id out of range or embeddings that do not
-        fit, and OptionError for
-        parameters that do not suit the model (see `ConstraintCompiler`), AdapterError or UnsupportedError for an
-        adapter that cannot be used, before any work.
+        fit, OptionError for parameters that do not suit the model (see `ConstraintCompiler`), AdapterError or
+        UnsupportedError for an adapter that cannot be used, before any work.
         """
         groups = self._groups(prompts, sampling_params, priority, cache_salt, lora_request)
         if not groups:

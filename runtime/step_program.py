@@ -70,6 +70,7 @@ class StepProgram:
         # Stands for the embeddings of a step that has none.
         size, dtype = (self.prompt_embeds.size, self.prompt_embeds.dtype) if self.prompt_embeds else (0, torch.float32)
         self._no_embeds = torch.zeros((1, size), dtype=dtype, device=self.executable.device)
+        self._no_index = torch.full((16,), -1, device=self.executable.device)
         self.rows_computed = 0
         self.num_steps = 0
         self._latest: _Latest | None = None
@@ -128,16 +129,17 @@ class StepProgram:
             logits = self.run(batch, cache, lend=lend, adapters=adapters).cpu()
             if lend and self._largest is not None:
                 self._lent = logits
-                if adapters is None and self._is_whole(batch):
+                if adapters is None and (self.adapters is None or batch.adapter_index is not None):
+                    # No argument was made for the call alone: what is bound now is still there at the next one.
                     number = self.executable.num_calls
                     self._latest = _Latest(weakref.ref(batch), weakref.ref(cache), number, tokens)
             return logits
 
-    def _is_whole(self, batch: StepBatch) -> bool:
-        """Whether no argument is made for the call alone: what is bound then is still there at the next one."""
-        return (self.adapters is None or batch.adapter_index is not None) and (
-            self.prompt_embeds is None or batch.prompt_embeds_index is not None
-        )
+    def _without_embeds(self, tokens: int) -> Tensor:
+        """The index of a step whose tokens all have ids, in memory that stays until a longer one is asked for."""
+        if tokens > len(self._no_index):
+            self._no_index = torch.full((tokens,), -1, device=self._no_index.device)
+        return self._no_index[:tokens]
 
     def largest(self, logits: Tensor) -> tuple[list[float], list[int]] | None:
         """Value and place of the first largest element of each row, for the logits that the latest call lent.
@@ -160,7 +162,7 @@ class StepProgram:
             more = [index, *(adapters or self.adapters).tensors]
         if self.prompt_embeds is not None:
             if batch.prompt_embeds_index is None or batch.prompt_embeds is None:
-                more += [torch.full(batch.input_ids.shape, -1, device=device), self._no_embeds]
+                more += [self._without_embeds(batch.input_ids.shape[0]), self._no_embeds]
             else:
                 more += [batch.prompt_embeds_index, batch.prompt_embeds]
         if device.type != "cpu":

@@ -119,9 +119,11 @@ def test_a_step_finds_the_largest_logits() -> None:
     assert program.largest(unlent) is None and program.largest(logits) is None
 
 
-def test_a_steady_decode_step_of_an_engine() -> None:
+@pytest.mark.parametrize("prompt_embeds", [False, True])
+def test_a_steady_decode_step_of_an_engine(prompt_embeds: bool) -> None:
     """Nothing but the kernels runs in PyTorch, and Python does little for each request."""
-    core = ModelEngine(build("llama"), Options.make({"max_num_seqs": 8}), Report()).core()
+    options = Options.make({"max_num_seqs": 8, "enable_prompt_embeds": prompt_embeds})
+    core = ModelEngine(build("llama"), options, Report()).core()
     params = SamplingParams(temperature=0.0, max_tokens=40)
     for row in range(8):
         core.add_request([row + 1, *range(32 + row % 4)], params)
