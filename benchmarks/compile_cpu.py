@@ -9,7 +9,7 @@ in each round once with empty caches and once more with what that left in them, 
 (`first_call.py`), peers in turns. Medians are reported, and what the first call is made of: Dynamo's tracing, which is
 everybody's; the forward itself (as long as a later call takes); and the rest, which is the compiler's own. `bert` and
 `vit` (BERT-base, 128 tokens; ViT-base, 224 x 224) measure samples per second at each batch size in interleaved rounds.
-Weights are random and shared; sizes are static for everybody, which is what suits Inductor best. A part's result
+Every part has each peer's peak memory at batch 1 as well, eager PyTorch's beside it. Weights are random and shared; sizes are static for everybody, which is what suits Inductor best. A part's result
 replaces the one in `--out`; the plot beside it shows all parts that are there.
 
 OpenVINO's backend needs `pip install openvino`; it is no dependency. A peer that is not installed, does not work or
@@ -73,7 +73,21 @@ def measure_throughput(part: str, options: argparse.Namespace) -> dict[str, Any]
     )
     peers = [name for name in options.peers if name != "llmopt"]
     print_table(result, [f"batch {b}" for b in options.batches], part, peers, unit="samples")
-    return result.to_json()
+    return {**result.to_json(), "peak_bytes": measure_memory(part, options)}
+
+
+def measure_memory(part: str, options: argparse.Namespace) -> dict[str, float]:
+    """Resident bytes at most during calls that compile nothing, less what the process had before the model was made:
+    weights that stay alive, what was made of them, and temporaries. A process a peer, which finds its caches filled."""
+    found = {}
+    with tempfile.TemporaryDirectory(prefix="compile-cpu-") as folder:
+        for peer in options.peers:
+            for _ in STATES if BACKENDS[peer] is not None else STATES[:1]:
+                sample = first_call(part, peer, Path(folder) / peer, options)
+            if "error" not in sample:
+                found[peer] = sample["peak_bytes"] - sample["start_bytes"]
+    print(f"{part}, peak memory: " + ", ".join(f"{peer} {size / 2**20:.0f} MiB" for peer, size in found.items()))
+    return found
 
 
 def first_call(part: str, peer: str, caches: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -109,6 +123,7 @@ def measure_first_call(part: str, options: argparse.Namespace) -> dict[str, Any]
         "read_gb_s": {"samples": bandwidth},
         "first_call_median": medians,
         "first_call": samples,
+        "peak_bytes": measure_memory(part, options),
     }
     print_first_call(part, result)
     return result

@@ -101,6 +101,8 @@ class Scheduler:
         self.num_left = 0
         # All running requests in the order of their rank, where `_next_decodes` may plan for them.
         self._decodes: list[Request] = []
+        # The plan made of these requests while the step before it ran.
+        self._ahead: tuple[list[Request], StepPlan] | None = None
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -229,6 +231,7 @@ class Scheduler:
         """What the next step computes: decodes before chunks of prompts, and then requests that start."""
         if (decodes := self._next_decodes()) is not None:
             return decodes
+        self._decodes = []
         self._planned.clear()
         before = self.counters.num_preemptions
         # Decodes first: they are one token each, and nobody waits for a token because a prompt is long.
@@ -256,24 +259,41 @@ class Scheduler:
         """What `plan` gives while nothing happens but decoding, with next to no work for each request; else None.
 
         That is so where the last plan was of all running requests, each of which decoded, nobody has come or left since
-        (`_start`, `_leave`, `_enqueue` and `_end` empty `_decodes`), there are pages for all, and no waiting request
-        could start: without a free seat it could not then, and cannot now.
+        (`_start`, `_leave`, `_enqueue` and `_end` put another list in the place of `_decodes`), there are pages for
+        all, and no waiting request could start: without a free seat it could not then, and cannot now.
         """
+        ahead, self._ahead = self._ahead, None
         if not self._decodes or (self._waiting and self._seats):
             return None
+        if ahead is not None and ahead[0] is self._decodes:
+            plan = ahead[1]
+            if all(chunk.start == chunk.request.num_computed for chunk in plan.chunks):  # not after an interrupted step
+                return plan
+        return self._plan_decodes(0)
+
+    def _plan_decodes(self, promised: int) -> StepPlan | None:
+        """A token of each of `_decodes`, once `promised` more than now are computed; None where pages run out."""
         chunks = []
         for request in self._decodes:
-            start = request.num_computed
+            start = request.num_computed + promised
             if start >= request.room and not self._extend(request, start + 1):
                 return None
             chunks.append(Chunk(request, start, 1, True))
         return StepPlan(tuple(chunks), self.pages.moves)
 
     def prepare(self) -> None:
-        """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""
+        """Gets the next plan ready while the present step runs: keys of the prompts that come next, and the plan itself
+        where all that can come is decoding.
+
+        That plan counts on a token for each request that has not been chosen yet. Should one of them be the last of its
+        request, another plan is made, and the pages taken for the others are theirs all the same.
+        """
         if self._caches:
             for request in self._waiting[: len(self._seats) + 1]:
                 self.prefixes.extend_keys(request)
+        if self._decodes and all(len(request.tokens) + 1 < request.limit for request in self._decodes):
+            plan = self._plan_decodes(1)
+            self._ahead = (self._decodes, plan) if plan is not None else None
 
     @staticmethod
     def is_wanted(chunk: Chunk) -> bool:
