@@ -78,7 +78,9 @@ def compile_backend(
     key = graph_key(gm, example_inputs, options)
     kept = graph_cache.find(key) if key is not None else None
     if kept is not None:
-        compiled = CompiledGraph(kept.program, kept.graph, kept.weights, kept.constants, options.threads)
+        compiled = CompiledGraph(
+            kept.program, kept.graph, kept.weights, kept.constants, options.threads, options.huge_pages
+        )
         report = kept.report
         report.kernels = kernel_uses(kept.program)
         # Costs and lives of values are looked for in the graph, so whoever asks for them has it compiled.
@@ -117,7 +119,7 @@ def _compile_graph(
     report.captured = before
     _check_fallbacks(report, options)
     parts = (lowered.program, captured.graph, lowered.weights, captured.constants)
-    compiled = CompiledGraph(*parts, options.threads)
+    compiled = CompiledGraph(*parts, options.threads, options.huge_pages)
     report.seconds = {
         "capture": traced - start,
         "passes": passed - traced,
@@ -171,7 +173,9 @@ def kept_step(
     if found is None:
         return None
     kept, report = found.kept, found.kept.report
-    program = StepProgram(kept.program, found.caches, options.block_size, options.threads, lora=found.lora)
+    program = StepProgram(
+        kept.program, found.caches, options.block_size, options.threads, lora=found.lora, huge_pages=options.huge_pages
+    )
     report.kernels = kernel_uses(kept.program)
     report.batch_invariant = kept.program.batch_invariant
     report.native_calls = program.executable.num_kernel_runs
@@ -220,7 +224,9 @@ def compile_step(
         spec = node.meta.get("cache")
         if spec is not None and spec not in caches:
             caches.append(spec)
-    program = StepProgram(lowered.program, caches, options.block_size, options.threads, lora=lora)
+    program = StepProgram(
+        lowered.program, caches, options.block_size, options.threads, lora=lora, huge_pages=options.huge_pages
+    )
     report.native_calls = program.executable.num_kernel_runs
     report.program = weakref.ref(program)
     report.seconds = {"passes": passed - start, "code generation": time.perf_counter() - passed}

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 # Options that a compiled program has nothing to do with, and those that ask for a record of the compilation itself.
 _NO_PART = frozenset(
     {"threads", "kv_cache_memory_bytes", "gpu_memory_utilization", "swap_space_bytes", "enable_prefix_caching"}
-    | {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued", "async_scheduling"}
+    | {"max_model_len", "max_num_seqs", "max_num_batched_tokens", "max_num_queued", "async_scheduling", "huge_pages"}
 )
 _WATCHED = ("fuel", "verify", "record_graphs", "rewrite_log")
 _PLAIN = (type(None), bool, int, float, str, torch.dtype, torch.device, torch.memory_format, torch.layout)

@@ -47,7 +47,7 @@ class ServedModel:
         if isinstance(model, str | Path) and Path(model).is_file():
             for name in _DECIDED_AT_EXPORT & options.keys():
                 raise InputError(f"{name}={options[name]!r} was decided when {model} was exported and cannot be set")
-            self._loaded = load_program(model, self.options.threads)
+            self._loaded = load_program(model, self.options.threads, self.options.huge_pages)
             tokenizer = tokenizer or self._loaded.tokenizer
         else:
             source: Callable[[], torch.nn.Module] | None = None

@@ -24,7 +24,7 @@ class CompiledGraph:
         program: what to run.
         graph, weights: say how its weights are made of the arguments; see `WeightBinder`.
         constants: the graph's further arguments.
-        threads: see `Executable`.
+        threads, huge_pages: see `Executable`.
     """
 
     def __init__(
@@ -34,9 +34,10 @@ class CompiledGraph:
         weights: Sequence[Node],
         constants: Sequence[torch.Tensor] = (),
         threads: int = 0,
+        huge_pages: bool = True,
     ) -> None:
         self._constants = list(constants)
-        self.executable = make_executable(program, threads)
+        self.executable = make_executable(program, threads, huge_pages=huge_pages)
         self.binder = WeightBinder(graph, weights)
         self._bound: list[int] | None = None
         self._lock = threading.Lock()

@@ -140,6 +140,8 @@ class CudaExecutable(Executable):
         return flat.set_(storage, start // value.dtype.itemsize, (count,), (1,))
 
 
-def make_executable(program: Program, threads: int = 0, device: torch.device | None = None) -> Executable:
-    """The executable for a program's target; `threads` concerns the CPU, `device` the GPU (None: the current one)."""
-    return CudaExecutable(program, device) if program.target == "cuda" else Executable(program, threads)
+def make_executable(
+    program: Program, threads: int = 0, device: torch.device | None = None, huge_pages: bool = True
+) -> Executable:
+    """The executable for a program's target; `device` concerns GPUs alone (None: the current one), the rest the CPU."""
+    return CudaExecutable(program, device) if program.target == "cuda" else Executable(program, threads, huge_pages)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmopt.codegen.cpu.huge_pages import move_to_huge_pages
 from llmopt.codegen.cpu.native import ABSENT, NativeCall, NativePlan, TensorOperand, team_size
 from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
@@ -90,15 +91,16 @@ class Executable:
     Args:
         program: what to run.
         threads: CPU threads of a native call, 0 for PyTorch's number at each call.
+        huge_pages: whether weights that stand on the CPU move to huge pages when they are used again.
 
     Raises ToolchainError when the kernels cannot be compiled.
     """
 
     device = torch.device("cpu")
 
-    def __init__(self, program: Program, threads: int = 0) -> None:
+    def __init__(self, program: Program, threads: int = 0, huge_pages: bool = True) -> None:
         self.program = program
-        self.threads = threads
+        self.threads, self.huge_pages = threads, huge_pages
         self._bases = np.zeros(len(program.values) + 1, np.int64)
         self._positions = {symbol.name: i for i, symbol in enumerate(program.symbols)}
         self._symbols = np.zeros(max(1, len(program.symbols)), np.int64)
@@ -115,6 +117,8 @@ class Executable:
         self._steps = self._build()
         # The latest call that lent its results, where it can be made again: its number, its threads, what it lent.
         self.num_calls = 0
+        # At which call weights move: not at the first, whose caller has waited long enough and may never come back.
+        self._moves_at = -1
         self._again: tuple[int, int, list[Any]] = -1, 0, []
         self._rerun: Callable[[int | None], None] | None = None
         if len(self._steps) == 1 and isinstance(self._steps[0], NativePlan) and not program.mutations:
@@ -194,6 +198,7 @@ class Executable:
                 raise InputError(f"weight {value.name} must have strides {value.strides}, got {weight.stride()}")
             self._tensors[slot] = weight
             self._bases[slot + 1] = weight.data_ptr()
+        self._moves_at = self.num_calls + 2 if self.huge_pages else -1
 
     def __call__(self, arguments: Sequence[Any], *, lend: bool = False) -> list[Any]:
         """Runs the program on its arguments (weights among them are ignored; they are bound).
@@ -204,6 +209,8 @@ class Executable:
         Raises KernelError for what kernels refuse, such as a token id outside the table.
         """
         self.num_calls += 1
+        if self.num_calls == self._moves_at:
+            move_to_huge_pages(self.weights)
         program, bases, tensors = self.program, self._bases, self._tensors
         given = [arguments[index] for index in self._given]
         for slot, argument in zip(self._slots, given, strict=True):

@@ -107,8 +107,8 @@ def _named_weights(weights: Sequence[torch.Tensor]) -> tuple[list[str], dict[str
     return names, tensors
 
 
-def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
-    """Reads a program file and compiles its kernels (or takes them from the cache).
+def load_program(path: str | Path, threads: int = 0, huge_pages: bool = True) -> LoadedProgram:
+    """Reads a program file and compiles its kernels (or takes them from the cache); see `Executable` for the rest.
 
     Raises ProgramFileError for a damaged or foreign file, InputError when there is none.
     """
@@ -130,7 +130,7 @@ def load_program(path: str | Path, threads: int = 0) -> LoadedProgram:
     step_json.check_lora(program, lora)
     block_size = step_json.positive(data, "block_size", 1024)
     try:
-        step = StepProgram(program, caches, block_size, threads, lora=lora)
+        step = StepProgram(program, caches, block_size, threads, lora=lora, huge_pages=huge_pages)
         step.bind([tensors[name].to(step.executable.device) for name in names])
     except InputError as error:
         raise ProgramFileError(str(error)) from error

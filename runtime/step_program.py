@@ -45,6 +45,7 @@ class StepProgram:
         threads: CPU threads, 0 for PyTorch's number.
         device: where a program for a GPU runs, None for the current GPU.
         lora: the adapters that the program was made for; their memory is `adapters`.
+        huge_pages: see `Executable`.
 
     Raises InputError for a program that takes something else.
     """
@@ -57,10 +58,11 @@ class StepProgram:
         threads: int = 0,
         device: torch.device | None = None,
         lora: LoraSpec | None = None,
+        huge_pages: bool = True,
     ) -> None:
         self.program, self.caches, self.block_size = program, list(caches), block_size
         searching = with_largest(program)
-        self.executable = make_executable(searching or program, threads, device)
+        self.executable = make_executable(searching or program, threads, device, huge_pages)
         self._largest = _Largest() if searching is not None else None
         self.graphs = DecodeGraphs(self.run) if program.target == "cuda" and not program.fallbacks else None
         self.input_names = tuple(step_inputs(caches))

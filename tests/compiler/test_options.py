@@ -36,6 +36,7 @@ CASES: dict[str, tuple[list[Any], list[Any], str]] = {
     "verify": ([True, False, "revert"], [0, 1, "yes", None], "True"),
     "record_graphs": ([True, False], [0, 1, "yes", None], "True"),
     "rewrite_log": (["", "rewrites.jsonl"], [0, None, True, ("a",)], "path"),
+    "huge_pages": ([True, False], [0, 1, "yes", None], "True"),
     "graph_cache": ([True, False], [0, 1, "yes", None], "True"),
     "fallback": (["silent", "warn", "error"], ["ignore", "", None, True], "'warn'"),
 }
