@@ -8,9 +8,9 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from llmopt.runtime.decode_batch import DecodeBatch
+from llmopt.runtime.decode_run import DecodeRun
 from llmopt.runtime.request import NO_BLOCK
-from llmopt.runtime.scheduler import Chunk
+from llmopt.runtime.scheduler import Chunk, Scheduler
 from llmopt.runtime.step_program import StepBatch
 
 _SPARE = 16  # columns
@@ -41,8 +41,6 @@ class BatchBuilder:
         self._tables = [np.zeros((max_num_seqs, 16), np.int32) for _ in range(num_groups)]
         # Of a step in which each request computes one token; the tensors of batches share this memory.
         self._rows, self._bounds = np.arange(max_num_seqs), np.arange(max_num_seqs + 1, dtype=np.int32)
-        # The latest batch, if it was one of decodes.
-        self._decodes: DecodeBatch | None = None
 
     def rows(self, chunk: Chunk) -> Sequence[int]:
         """Which tokens of a chunk have their logits computed: every `witness_stride`-th, counted from the last.
@@ -63,20 +61,7 @@ class BatchBuilder:
         return range(max(0, known - chunk.start), end)
 
     def build(self, chunks: Sequence[Chunk]) -> StepBatch:
-        """The batch of some chunks, of different requests. It holds until the next one is built.
-
-        Where requests decode on, that is the same one with other contents.
-        """
-        latest, self._decodes = self._decodes, None
-        if latest is not None and (batch := latest.advance(chunks, self._tables)) is not None:
-            self._decodes = latest
-            return batch
-        batch = self._build(chunks)
-        if batch.input_ids.shape[0] == len(chunks):
-            self._decodes = DecodeBatch(chunks, batch, self.block_size)
-        return batch
-
-    def _build(self, chunks: Sequence[Chunk]) -> StepBatch:
+        """The batch of some chunks, of different requests."""
         num = len(chunks)
         pages = _columns(self._list_pages(chunks))
         seats = np.fromiter([chunk.request.seat for chunk in chunks], np.int64, num)
@@ -111,6 +96,10 @@ class BatchBuilder:
             return batch
         each = np.fromiter([chunk.request.adapter_slot for chunk in chunks], np.int32, num)
         return replace(batch, adapter_index=torch.from_numpy(each[owners]))
+
+    def decode_run(self, scheduler: Scheduler, batch: StepBatch) -> DecodeRun:
+        """What goes on from a plan that leaves `scheduler.decoding`, given its batch; until other batches are built."""
+        return DecodeRun(scheduler, batch, self._tables)
 
     def _list_pages(self, chunks: Sequence[Chunk]) -> int:
         """Brings the block tables up to date; how many columns of them are in use."""

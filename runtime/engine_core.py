@@ -6,7 +6,7 @@ import itertools
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import Protocol
+from typing import Protocol, cast
 
 import torch
 
@@ -16,6 +16,7 @@ from llmopt.compiler.step import CacheSpec
 from llmopt.runtime.adapters import Adapter, Adapters, LoRARequest
 from llmopt.runtime.batch_builder import BatchBuilder
 from llmopt.runtime.cache_sizes import cache_sizes, host_sizes
+from llmopt.runtime.decode_run import DecodeRun
 from llmopt.runtime.metrics import Metrics
 from llmopt.runtime.overlap import Flight, Worker, overlaps
 from llmopt.runtime.peft_folder import read_adapter, stamp
@@ -90,6 +91,8 @@ class EngineCore:
         device = program.executable.device
         self._worker = Worker(device) if overlaps(options, device) else None
         self._flight: Flight | None = None
+        # What the latest step was of, if it was of nothing but decodes.
+        self._run: DecodeRun | None = None
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -253,7 +256,7 @@ class EngineCore:
         """Call this when weights have changed: later requests share nothing with what was computed before."""
         with self._lock:
             self.scheduler.forget_prefixes()
-            for chunk in self._flight.plan.chunks if self._flight else ():
+            for chunk in self._flight.work.chunks if self._flight else ():
                 chunk.request.cacheable = False
 
     def metrics(self) -> Metrics:
@@ -291,10 +294,17 @@ class EngineCore:
             if self._worker is not None:
                 self._flight = self._launch()
                 self.scheduler.prepare()
+                if self._run is not None:
+                    self._run.prepare()
             return changed
 
     def _launch(self) -> Flight | None:
         """Plans the next step and begins it; None when there is nothing to do."""
+        run = self._run
+        if run is not None and run.goes_on:
+            batch = run.batch
+            return Flight(run, lambda: self._forward(batch), self._worker, self.scheduler.num_left)
+        self._run = None
         plan = self.scheduler.plan()
         if not plan.chunks:
             return None
@@ -303,35 +313,43 @@ class EngineCore:
             plan.moves.popleft()
         self._load_adapters(plan.chunks)
         # Built here: what happens to requests while the step runs must not reach it.
-        batch = self._batch(plan.chunks)
-        return Flight(plan, lambda: self._forward(batch), self._worker, self.scheduler.num_left)
-
-    def _batch(self, chunks: Sequence[Chunk]) -> StepBatch:
-        batch = self._builder.build(chunks)
-        return with_prompt_embeds(batch, chunks) if self._embeds is not None else batch
+        batch = self._builder.build(plan.chunks)
+        given = batch if self._embeds is None else with_prompt_embeds(batch, plan.chunks)
+        if self.scheduler.decoding and given is batch:
+            self._run = self._builder.decode_run(self.scheduler, batch)
+        return Flight(self._run or plan, lambda: self._forward(given), self._worker, self.scheduler.num_left)
 
     def _settle(self, flight: Flight) -> list[Request]:
         """Chooses tokens from the logits of a step, and takes them to its requests."""
-        plan = flight.plan
-        chunks: Sequence[Chunk] = plan.chunks
+        work = flight.work
         try:
             logits = flight.logits()
         except Exception as error:
-            # Somebody in the batch is to blame. Steps may be repeated: they write the same keys and values again.
-            chunks = [chunk for chunk in plan.chunks if self.scheduler.is_wanted(chunk)]
-            results: list[int | Exception | None] = [_failure(error)] * len(chunks)
-            if len(plan.chunks) > 1:
-                results = [self._alone(chunk) for chunk in chunks]
-        else:
-            if flight.num_left != self.scheduler.num_left:
-                chunks, logits = self._wanted(chunks, logits)
-            results = self._choose(chunks, logits)
-        if chunks is not plan.chunks:
-            plan = StepPlan(tuple(chunks), plan.moves)
-        changed = self.scheduler.commit(plan, results)
-        for request in changed:
-            _publish(request)
-        return changed
+            return self._settle_alone(work.chunks, error)
+        if flight.num_left != self.scheduler.num_left:
+            chunks, logits = self._wanted(work.chunks, logits)
+            return self._commit(chunks, self._choose(chunks, logits))
+        if not isinstance(work, DecodeRun):
+            return self._commit(work.chunks, self._choose(work.chunks, logits))
+        largest = self._largest(logits) if work.is_plain else None
+        results: Sequence[int | Exception | None]
+        results = self._sampler.take_largest(*largest, work.states) if largest else self._choose(work.chunks, logits)
+        if not all(type(result) is int for result in results):
+            return self._commit(work.chunks, results)
+        return _published(work.commit(cast(Sequence[int], results)))
+
+    def _settle_alone(self, chunks: Sequence[Chunk], error: Exception) -> list[Request]:
+        """After a step that failed: somebody in the batch is to blame, so each takes it alone.
+
+        Steps may be repeated: they write the same keys and values again.
+        """
+        wanted = [chunk for chunk in chunks if self.scheduler.is_wanted(chunk)]
+        results = [self._alone(chunk) if len(chunks) > 1 else _failure(error) for chunk in wanted]
+        return self._commit(wanted, results)
+
+    def _commit(self, chunks: Sequence[Chunk], results: Sequence[int | Exception | None]) -> list[Request]:
+        self._run = None  # its batch stays behind
+        return _published(self.scheduler.commit(StepPlan(tuple(chunks), self.scheduler.pages.moves), results))
 
     def _load_adapters(self, chunks: Sequence[Chunk]) -> None:
         """Brings the weights of the requests' adapters into their slots; no step runs meanwhile."""
@@ -357,19 +375,14 @@ class EngineCore:
 
     def _alone(self, chunk: Chunk) -> int | Exception | None:
         try:
-            logits = self._forward(self._batch([chunk]))
+            batch = self._builder.build([chunk])
+            logits = self._forward(with_prompt_embeds(batch, [chunk]) if self._embeds is not None else batch)
         except Exception as error:
             return _failure(error)
         return self._choose([chunk], logits)[0]
 
     def _choose(self, chunks: Sequence[Chunk], logits: torch.Tensor) -> list[int | Exception | None]:
         """The next token of each chunk that ends in one, given the logits of the rows that the builder asked for."""
-        found = self._largest(logits)
-        if found is not None and len(found[0]) == len(chunks):
-            # A row for each chunk is its last one's, and chunks that sample have no others.
-            states = [chunk.request.sampling_state for chunk in chunks if chunk.samples]
-            if len(states) == len(chunks) and all(state.is_plain for state in states):
-                return [*self._sampler.take_largest(*found, states)]
         results: list[int | Exception | None] = [None] * len(chunks)
         sampling = [i for i, chunk in enumerate(chunks) if chunk.samples]
         if logits.shape[0] != len(sampling):
@@ -435,6 +448,12 @@ def _publish(request: Request) -> None:
     request.published = len(request.tokens), request.finish_reason is not None
     if request.outbox is not None:
         request.outbox.append(request)
+
+
+def _published(requests: list[Request]) -> list[Request]:
+    for request in requests:
+        _publish(request)
+    return requests
 
 
 def _failure(error: Exception) -> RequestError:

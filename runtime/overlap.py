@@ -14,6 +14,7 @@ from concurrent.futures import Future, ThreadPoolExecutor, wait
 import torch
 
 from llmopt.compiler.options import Options
+from llmopt.runtime.decode_run import DecodeRun
 from llmopt.runtime.scheduler import StepPlan
 
 
@@ -47,14 +48,16 @@ class Flight:
     """A step that has begun: in the worker, or without one in the call of `logits`.
 
     Args:
-        plan: what it computes.
+        work: what it computes, the chunks of a plan or the batch of a run.
         run: computes the logits.
         worker: where.
         num_left: the scheduler's count of requests that stopped running, when the step was planned.
     """
 
-    def __init__(self, plan: StepPlan, run: Callable[[], torch.Tensor], worker: Worker | None, num_left: int) -> None:
-        self.plan, self._run, self.num_left = plan, run, num_left
+    def __init__(
+        self, work: StepPlan | DecodeRun, run: Callable[[], torch.Tensor], worker: Worker | None, num_left: int
+    ) -> None:
+        self.work, self._run, self.num_left = work, run, num_left
         self._future = worker.submit(run) if worker is not None else None
 
     def wait(self) -> None:

@@ -96,13 +96,13 @@ class Scheduler:
         self._arrivals = 0
         self._seats = list(range(config.max_num_seqs - 1, -1, -1))
         self._adapters = AdapterSlots(config.max_loras)
+        # Tokens of full pages that are filed together. Pages that are given back must have been filed before.
+        self._together = (1 if self.pages.has_windows else FILED_TOGETHER) * self.pages.block_size
         self._planned: dict[Request, Chunk] = {}
         # How often a request has stopped running: whether all that a plan computes are still wanted.
         self.num_left = 0
-        # All running requests in the order of their rank, where `_next_decodes` may plan for them.
-        self._decodes: list[Request] = []
-        # The plan made of these requests while the step before it ran.
-        self._ahead: tuple[list[Request], StepPlan] | None = None
+        # The running requests, if the latest plan was of a token of each of them and nobody has come or left since.
+        self.decoding: list[Request] = []
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -229,9 +229,7 @@ class Scheduler:
 
     def plan(self) -> StepPlan:
         """What the next step computes: decodes before chunks of prompts, and then requests that start."""
-        if (decodes := self._next_decodes()) is not None:
-            return decodes
-        self._decodes = []
+        self.decoding = []
         self._planned.clear()
         before = self.counters.num_preemptions
         # Decodes first: they are one token each, and nobody waits for a token because a prompt is long.
@@ -252,48 +250,26 @@ class Scheduler:
             raise RuntimeError(f"{self.pool.num_held} of {self.pool.num_blocks} blocks are held, but not by a request")
         chunks = tuple(self._planned.values())
         if len(chunks) == len(self.running) and all(chunk.length == 1 and chunk.samples for chunk in chunks):
-            self._decodes = sorted(self.running, key=lambda r: r.rank)
+            self.decoding = [chunk.request for chunk in chunks]
         return StepPlan(chunks, self.pages.moves)
 
-    def _next_decodes(self) -> StepPlan | None:
-        """What `plan` gives while nothing happens but decoding, with next to no work for each request; else None.
+    def decodes_on(self, requests: Sequence[Request]) -> bool:
+        """Whether the next step is a token of each of `requests`, a value of `decoding`, if they have pages for it.
 
-        That is so where the last plan was of all running requests, each of which decoded, nobody has come or left since
-        (`_start`, `_leave`, `_enqueue` and `_end` put another list in the place of `_decodes`), there are pages for
-        all, and no waiting request could start: without a free seat it could not then, and cannot now.
+        That is so where nobody has come or left (`_start`, `_leave`, `_enqueue` and `_end` put another list in its
+        place), and no waiting request could start: without a free seat it could not then, and cannot now.
         """
-        ahead, self._ahead = self._ahead, None
-        if not self._decodes or (self._waiting and self._seats):
-            return None
-        if ahead is not None and ahead[0] is self._decodes:
-            plan = ahead[1]
-            if all(chunk.start == chunk.request.num_computed for chunk in plan.chunks):  # not after an interrupted step
-                return plan
-        return self._plan_decodes(0)
+        return requests is self.decoding and not (self._waiting and self._seats) and not self.pages.moves
 
-    def _plan_decodes(self, promised: int) -> StepPlan | None:
-        """A token of each of `_decodes`, once `promised` more than now are computed; None where pages run out."""
-        chunks = []
-        for request in self._decodes:
-            start = request.num_computed + promised
-            if start >= request.room and not self._extend(request, start + 1):
-                return None
-            chunks.append(Chunk(request, start, 1, True))
-        return StepPlan(tuple(chunks), self.pages.moves)
+    def make_room(self, request: Request, upto: int) -> bool:
+        """Whether a running request has pages for its first `upto` tokens, those included that it gets now."""
+        return upto <= request.room or self._extend(request, upto)
 
     def prepare(self) -> None:
-        """Gets the next plan ready while the present step runs: keys of the prompts that come next, and the plan itself
-        where all that can come is decoding.
-
-        That plan counts on a token for each request that has not been chosen yet. Should one of them be the last of its
-        request, another plan is made, and the pages taken for the others are theirs all the same.
-        """
+        """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""
         if self._caches:
             for request in self._waiting[: len(self._seats) + 1]:
                 self.prefixes.extend_keys(request)
-        if self._decodes and all(len(request.tokens) + 1 < request.limit for request in self._decodes):
-            plan = self._plan_decodes(1)
-            self._ahead = (self._decodes, plan) if plan is not None else None
 
     @staticmethod
     def is_wanted(chunk: Chunk) -> bool:
@@ -307,29 +283,31 @@ class Scheduler:
         plan was made is passed over.
         """
         changed = []
-        size, windows, running = self.pool.block_size, self.pages.has_windows, Status.RUNNING
-        # Pages that are given back must have been filed before.
-        together, caches = (1 if windows else FILED_TOGETHER) * size, self._caches
-        for (request, start, length, _), result in zip(plan.chunks, results, strict=True):
-            if request.status is not running or request.num_computed != start:  # see `is_wanted`
+        for chunk, result in zip(plan.chunks, results, strict=True):
+            if not self.is_wanted(chunk):
                 continue
+            request = chunk.request
             if isinstance(result, Exception):
                 self.fail(request, result)
-                changed.append(request)
-                continue
-            end = request.num_computed = start + length
-            if caches and request.cacheable and end - request.num_filed * size >= together:
-                self._file(request)
-            if windows:
-                self.pages.give_back_passed(request)
+            else:
+                self.advance(request, chunk.start + chunk.length, result)
             if result is not None:
-                tokens = request.tokens
-                tokens.append(result)
-                self.counters.generation_tokens += 1
-                if result in request.ends or request.stop_check is not None or len(tokens) >= request.limit:
-                    self._finish_if_done(request)
                 changed.append(request)
         return changed
+
+    def advance(self, request: Request, end: int, token: int | None) -> None:
+        """Notes that the first `end` tokens of a running request are computed, and the token that follows, if any."""
+        request.num_computed = end
+        if self._caches and request.cacheable and end - request.num_filed * self.pages.block_size >= self._together:
+            self._file(request)
+        if self.pages.has_windows:
+            self.pages.give_back_passed(request)
+        if token is not None:
+            tokens = request.tokens
+            tokens.append(token)
+            self.counters.generation_tokens += 1
+            if token in request.ends or request.stop_check is not None or len(tokens) >= request.limit:
+                self._finish_if_done(request)
 
     def fail(self, request: Request, error: Exception) -> None:
         """Ends a request with an error. Pages that it held are never shared again: they may hold what broke it."""
@@ -485,7 +463,7 @@ class Scheduler:
 
     def _start(self, request: Request, num_computed: int) -> None:
         """From waiting to running, with pages that hold its first tokens already."""
-        self._decodes = []
+        self.decoding = []
         request.num_computed, request.room = num_computed, 0
         request.status, request.seat = Status.RUNNING, self._seats.pop()
         if request.adapter is not None and self.config.max_loras:
@@ -493,7 +471,7 @@ class Scheduler:
         self.running.append(request)
 
     def _enqueue(self, request: Request) -> None:
-        self._decodes = []
+        self.decoding = []
         bisect.insort(self._waiting, request, key=lambda r: r.rank)
 
     def _vacate(self, request: Request) -> None:
@@ -504,7 +482,7 @@ class Scheduler:
 
     def _leave(self, request: Request) -> None:
         """Gives up a running request's seat."""
-        self._decodes = []
+        self.decoding = []
         self.num_left += 1
         request.num_filed = 0
         self.running.remove(request)
@@ -521,7 +499,7 @@ class Scheduler:
                 self._file(request)
             self._vacate(request)
         else:
-            self._decodes = []
+            self.decoding = []
             self._waiting.remove(request)
             self.pages.release(request)
         request.finish_reason = reason

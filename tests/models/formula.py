@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import itertools
 import zlib
 from collections.abc import Sequence
 from typing import Any
 
+import torch
+
 from llmopt.runtime.block_pool import BlockPool
 from llmopt.runtime.page_groups import MoveKind, PageGroup
 from llmopt.runtime.request import NO_BLOCK, Request
-from llmopt.runtime.sampling import SamplingParams
-from llmopt.runtime.scheduler import Scheduler, SchedulerConfig, StepPlan
+from llmopt.runtime.sampling import SamplingParams, SamplingState
+from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
+from llmopt.runtime.step_batch import StepBatch
 
 SIZE = 4
 
@@ -26,7 +30,8 @@ def make(num_blocks: int = 64, windows: Sequence[int] = (0,), swap_blocks: int =
 def request(name: str, prompt: Sequence[int] | int, max_tokens: int = 5, **fields: Any) -> Request:
     begin = zlib.crc32(name.encode()) % 100_000  # not hash(), which is another one in each process
     tokens = list(prompt) if not isinstance(prompt, int) else [begin + i for i in range(prompt)]
-    return Request(name, tokens, len(tokens), SamplingParams(temperature=0.0, max_tokens=max_tokens), **fields)
+    params = SamplingParams(temperature=0.0, max_tokens=max_tokens)
+    return Request(name, tokens, len(tokens), params, sampling_state=SamplingState(params, tokens), **fields)
 
 
 def next_token(tokens: Sequence[int]) -> int:
@@ -69,21 +74,32 @@ class Memory:
         return results
 
 
-def plan_step(scheduler: Scheduler) -> StepPlan:
-    """The next plan; where it comes by the short way, that is the one which the general rules give."""
-    short = scheduler._next_decodes()
-    if short is None:
-        return scheduler.plan()
-    moves, preemptions, running = list(short.moves), scheduler.counters.num_preemptions, list(scheduler.running)
-    scheduler._decodes = []
-    general = scheduler.plan()
-    assert general.chunks == short.chunks and list(general.moves) == moves
-    assert (scheduler.counters.num_preemptions, scheduler.running) == (preemptions, running)
-    return general
+def check_batch(batch: StepBatch, chunks: Sequence[Chunk]) -> None:
+    """Against the requests' own books, one number at a time."""
+    tokens = [(chunk, at) for chunk in chunks for at in range(chunk.start, chunk.start + chunk.length)]
+    ends = list(itertools.accumulate(chunk.length for chunk in chunks))
+    assert batch.input_ids.tolist() == [chunk.request.tokens[at] for chunk, at in tokens]
+    assert batch.positions.tolist() == [at for _, at in tokens]
+    assert batch.cu_seqlens_q.tolist() == [0, *ends]
+    assert batch.logits_indices.tolist() == [end - 1 for end in ends]
+    assert batch.seq_lens.tolist() == [chunk.start + chunk.length for chunk in chunks]
+    assert batch.adapter_index is not None
+    assert batch.adapter_index.tolist() == [chunk.request.adapter_slot for chunk, _ in tokens]
+    groups = [(batch.slot_mapping, batch.block_tables), (batch.window_slot_mapping, batch.window_block_tables)]
+    for group, (slots, tables) in enumerate(groups[: len(chunks[0].request.tables)]):
+        assert slots is not None and tables is not None and tables.is_contiguous()
+        held = [chunk.request.tables[group].blocks for chunk in chunks]
+        own = [chunk.request.tables[group].blocks[at // SIZE] * SIZE + at % SIZE for chunk, at in tokens]
+        assert slots.tolist() == own
+        for row, blocks in zip(tables.tolist(), held, strict=True):
+            assert all(listed == block for listed, block in zip(row, blocks) if block != NO_BLOCK)
+            assert len(row) >= len(blocks) and min(row) >= 0
+    dtypes = {batch.seq_lens.dtype, batch.block_tables.dtype, batch.cu_seqlens_q.dtype, batch.adapter_index.dtype}
+    assert dtypes == {torch.int32}
 
 
 def step(scheduler: Scheduler, memory: Memory) -> tuple[StepPlan, list[Request]]:
-    plan = plan_step(scheduler)
+    plan = scheduler.plan()
     assert sum(chunk.length for chunk in plan.chunks) <= scheduler.config.max_num_batched_tokens
     assert len(scheduler.running) <= scheduler.config.max_num_seqs
     changed = scheduler.commit(plan, memory.run(plan))

@@ -273,7 +273,7 @@ def test_what_happens_during_a_step_changes_no_token() -> None:
         requests = [core.add_request(row, params, stream=i) for i, row in enumerate(rows)]
         for _ in range(3):
             core.step()
-        assert core._flight is not None and len(core._flight.plan.chunks) == 4
+        assert core._flight is not None and len(core._flight.work.chunks) == 4
         child = core.fork(requests[0], stream=4)
         core.scheduler.preempt(requests[0])
         core.abort(requests[3])

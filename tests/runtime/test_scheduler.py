@@ -246,60 +246,6 @@ def test_a_plan_that_was_not_carried_out_is_made_again() -> None:
     check_outputs([parent, child])
 
 
-@pytest.mark.parametrize("event", ["nothing", "a request arrives", "a request is aborted", "a request ends"])
-def test_decodes_are_planned_while_the_step_before_them_runs(event: str) -> None:
-    scheduler = make(max_num_seqs=3)
-    memory = Memory(scheduler)
-    requests = [request(str(i), 5 + i, max_tokens=12) for i in range(2)]
-    for each in requests:
-        scheduler.add(each)
-    step(scheduler, memory)
-    for _ in range(6):
-        plan = scheduler.plan()
-        results: list[int | Exception | None] = [*memory.run(plan)]
-        scheduler.prepare()
-        assert scheduler._ahead is not None
-        ahead = scheduler._ahead[1]
-        assert [chunk.start for chunk in ahead.chunks] == [chunk.start + 1 for chunk in plan.chunks]
-        scheduler.commit(plan, results)
-        assert scheduler.plan() is ahead
-        # It was not carried out.
-        assert scheduler.plan() is not ahead and scheduler.plan().chunks == ahead.chunks
-    plan = scheduler.plan()
-    results = [*memory.run(plan)]
-    scheduler.prepare()
-    assert scheduler._ahead is not None
-    ahead = scheduler._ahead[1]
-    if event == "a request arrives":
-        scheduler.add(request("late", 3))
-    elif event == "a request is aborted":
-        scheduler.abort("0")
-    elif event == "a request ends":
-        requests[0].ends = frozenset(result for result in results if isinstance(result, int))
-    scheduler.commit(plan, results)
-    scheduler.check_books()
-    following = scheduler.plan()
-    assert (following is ahead) == (event == "nothing")
-    scheduler.commit(following, memory.run(following))
-    finish(scheduler, memory)
-    for each in requests:
-        assert each.generated == expected(each.tokens[: each.num_prompt], each.num_generated)
-    scheduler.check_books()
-
-
-def test_nothing_is_planned_behind_the_last_token_of_a_request() -> None:
-    scheduler = make()
-    memory = Memory(scheduler)
-    for i in range(2):
-        scheduler.add(request(str(i), 5, max_tokens=3 + i))
-    for number in range(3):
-        plan = scheduler.plan()
-        results = memory.run(plan)
-        scheduler.prepare()
-        assert (scheduler._ahead is not None) == (number == 1), number
-        scheduler.commit(plan, results)
-
-
 def test_a_copy_that_was_not_made_yet_is_copied_on() -> None:
     """Forks of a fork whose own copy is pending; the first may even be gone when it is made."""
     for gone in (False, True):

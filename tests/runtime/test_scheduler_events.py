@@ -2,45 +2,19 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Sequence
 
 import pytest
-import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, precondition, rule, run_state_machine_as_test
-from models.formula import SIZE, Memory, check_outputs, expected, finish, make, plan_step, request, step
+from models.formula import SIZE, Memory, check_batch, check_outputs, expected, finish, make, request, step
 
 from llmopt.errors import InputError, QueueFullError
 from llmopt.runtime.batch_builder import BatchBuilder
-from llmopt.runtime.request import NO_BLOCK, Request, Status
-from llmopt.runtime.scheduler import Chunk, StepPlan
-from llmopt.runtime.step_batch import StepBatch
-
-
-def check_batch(batch: StepBatch, chunks: Sequence[Chunk]) -> None:
-    """Against the requests' own books, one number at a time."""
-    tokens = [(chunk, at) for chunk in chunks for at in range(chunk.start, chunk.start + chunk.length)]
-    ends = list(itertools.accumulate(chunk.length for chunk in chunks))
-    assert batch.input_ids.tolist() == [chunk.request.tokens[at] for chunk, at in tokens]
-    assert batch.positions.tolist() == [at for _, at in tokens]
-    assert batch.cu_seqlens_q.tolist() == [0, *ends]
-    assert batch.logits_indices.tolist() == [end - 1 for end in ends]
-    assert batch.seq_lens.tolist() == [chunk.start + chunk.length for chunk in chunks]
-    assert batch.adapter_index is not None
-    assert batch.adapter_index.tolist() == [chunk.request.adapter_slot for chunk, _ in tokens]
-    groups = [(batch.slot_mapping, batch.block_tables), (batch.window_slot_mapping, batch.window_block_tables)]
-    for group, (slots, tables) in enumerate(groups[: len(chunks[0].request.tables)]):
-        assert slots is not None and tables is not None and tables.is_contiguous()
-        held = [chunk.request.tables[group].blocks for chunk in chunks]
-        own = [chunk.request.tables[group].blocks[at // SIZE] * SIZE + at % SIZE for chunk, at in tokens]
-        assert slots.tolist() == own
-        for row, blocks in zip(tables.tolist(), held, strict=True):
-            assert all(listed == block for listed, block in zip(row, blocks) if block != NO_BLOCK)
-            assert len(row) >= len(blocks) and min(row) >= 0
-    dtypes = {batch.seq_lens.dtype, batch.block_tables.dtype, batch.cu_seqlens_q.dtype, batch.adapter_index.dtype}
-    assert dtypes == {torch.int32}
+from llmopt.runtime.decode_run import DecodeRun
+from llmopt.runtime.request import Request, Status
+from llmopt.runtime.scheduler import StepPlan
 
 
 class Events(RuleBasedStateMachine):
@@ -53,7 +27,8 @@ class Events(RuleBasedStateMachine):
         super().__init__()
         self.count = 0
         self.seen: list[Request] = []
-        self.flight: tuple[StepPlan, list[int | None]] | None = None
+        self.flight: tuple[StepPlan, list[int | None], int] | None = None
+        self.run: DecodeRun | None = None
 
     @rule(
         blocks=st.integers(6, 30),
@@ -90,11 +65,33 @@ class Events(RuleBasedStateMachine):
         self.builder = BatchBuilder(seqs, SIZE, len(windows), adapters=True)
 
     def plan(self) -> StepPlan:
-        """The next step, whose batch is that of its chunks whatever was built before."""
-        plan = plan_step(self.scheduler)
+        """The next step, whose batch is that of its chunks; where a run goes on, these are a new plan's."""
+        scheduler, run = self.scheduler, self.run
+        if run is not None and run.goes_on:
+            before = scheduler.counters.num_preemptions, list(scheduler.running)
+            plan = scheduler.plan()
+            assert set(plan.chunks) == set(run.chunks) and not plan.moves
+            assert (scheduler.counters.num_preemptions, scheduler.running) == before
+            check_batch(run.batch, run.chunks)
+            scheduler.decoding = run.requests
+            return StepPlan(run.chunks, plan.moves)
+        self.run = None
+        plan = scheduler.plan()
         if plan.chunks:
-            check_batch(self.builder.build(plan.chunks), plan.chunks)
+            batch = self.builder.build(plan.chunks)
+            check_batch(batch, plan.chunks)
+            if scheduler.decoding:
+                self.run = self.builder.decode_run(scheduler, batch)
         return plan
+
+    def commit(self, plan: StepPlan, results: Sequence[int | Exception | None], num_left: int) -> None:
+        """As the engine does: by the run, unless somebody has left since the plan was made, or failed."""
+        tokens = [result for result in results if isinstance(result, int)]
+        if self.run is not None and self.scheduler.num_left == num_left and len(tokens) == len(results):
+            assert self.run.commit(tokens) == [chunk.request for chunk in plan.chunks]
+        else:
+            self.run = None
+            self.scheduler.commit(plan, results)
 
     def pick(self, number: int, among: Sequence[Request]) -> Request:
         return among[number % len(among)]
@@ -159,15 +156,16 @@ class Events(RuleBasedStateMachine):
         assert plan.chunks, "a step without work while requests are unfinished"
         self.scheduler.check_books()
         self.scheduler.prepare()
-        self.flight = plan, self.memory.run(plan)
+        if self.run is not None:
+            self.run.prepare()
+        self.flight = plan, self.memory.run(plan), self.scheduler.num_left
 
     @rule()
     @precondition(lambda self: self.flight)
     def settle(self) -> None:
         if self.flight:
-            plan, results = self.flight
-            self.flight = None
-            self.scheduler.commit(plan, results)
+            flight, self.flight = self.flight, None
+            self.commit(*flight)
 
     @rule(number=st.integers(0, 99), during=st.sampled_from(["nothing", "failure", "abort", "preempt", "interrupt"]))
     @precondition(lambda self: self.count and self.scheduler.requests)
@@ -175,7 +173,7 @@ class Events(RuleBasedStateMachine):
         self.settle()
         if not self.scheduler.requests:
             return
-        plan = self.plan()
+        plan, num_left = self.plan(), self.scheduler.num_left
         assert plan.chunks, "a step without work while requests are unfinished"
         self.scheduler.check_books()
         if during == "interrupt":
@@ -189,7 +187,7 @@ class Events(RuleBasedStateMachine):
             self.scheduler.abort(victim.request_id)
         elif during == "preempt":
             self.scheduler.preempt(victim)
-        self.scheduler.commit(plan, results)
+        self.commit(plan, results, num_left)
         if during == "failure":
             assert victim.finish_reason == "error"
             for group, blocks in zip(self.scheduler.pages.groups, held, strict=True):
