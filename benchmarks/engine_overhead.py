@@ -32,6 +32,7 @@ from llmopt import SamplingParams
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
+from llmopt.runtime.decode_run import DecodeRun
 from llmopt.runtime.engine_core import EngineCore
 
 LIMIT_US = 150.0
@@ -103,9 +104,10 @@ def measure(core: EngineCore, options: argparse.Namespace, **sampling: Any) -> d
     for plan in core.program.executable.native_plans:
         watch.watch(plan, "_entry", "native")
     watch.watch(core, "program", "program")
+    watch.watch(DecodeRun, "commit", "take tokens, next batch")
     watch.watch(core.scheduler, "plan", "plan")
-    watch.watch(core.scheduler, "commit", "commit")
     watch.watch(core._builder, "build", "build batch")
+    watch.watch(core._sampler, "take_largest", "sample")
     watch.watch(core, "_choose", "sample")
     params = SamplingParams(**{"temperature": 0.0, **sampling}, max_tokens=options.steps + 40)
     for row in range(options.batch):
@@ -173,7 +175,7 @@ def main() -> None:
     core = build_engine(options.batch, options.layers, options.vocab, limit).core()
     medians = measure(core, options)
     for name, microseconds in sorted(medians.items(), key=lambda item: item[1]):
-        print(f"{name:15} {microseconds:8.1f} us")
+        print(f"{name:24} {microseconds:8.1f} us")
     share = medians["sample"] / medians["overhead"]
     print(f"sampling is {share:.0%} of the overhead, which is to stay below {LIMIT_US:.0f} us at batch 8")
     drawn = measure(core, options, **DRAWING, seed=0)["sample"]

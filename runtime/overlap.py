@@ -1,8 +1,9 @@
 """Steps that run while their results are awaited elsewhere: the compiled program in a thread of its own.
 
 A native call gives Python's interpreter lock free, and so does waiting for a GPU. The thread that takes the steps may
-then hand out the results of the step before, and get the next plan ready (`Scheduler.prepare`). Which tokens a step
-computes depends on those before it, so a step begins once the results of the one before it are known.
+then hand out the results of the step before, and do what the next one needs whatever this one brings (`prepare` of the
+scheduler and of a run of decodes). Which tokens a step computes depends on those before it, so it begins once these are
+known.
 """
 
 from __future__ import annotations

@@ -297,16 +297,15 @@ class Scheduler:
 
     def advance(self, request: Request, end: int, token: int | None) -> None:
         """Notes that the first `end` tokens of a running request are computed, and the token that follows, if any."""
-        request.num_computed = end
-        if self._caches and request.cacheable and end - request.num_filed * self.pages.block_size >= self._together:
+        request.num_computed, pages = end, self.pages
+        if end - request.num_filed * pages.block_size >= self._together:
             self._file(request)
-        if self.pages.has_windows:
-            self.pages.give_back_passed(request)
+        if pages.has_windows:
+            pages.give_back_passed(request)
         if token is not None:
-            tokens = request.tokens
-            tokens.append(token)
+            request.tokens.append(token)
             self.counters.generation_tokens += 1
-            if token in request.ends or request.stop_check is not None or len(tokens) >= request.limit:
+            if token in request.ends or request.stop_check is not None or len(request.tokens) >= request.limit:
                 self._finish_if_done(request)
 
     def fail(self, request: Request, error: Exception) -> None:
