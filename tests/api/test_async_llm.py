@@ -10,7 +10,7 @@ from collections.abc import AsyncGenerator, Iterator
 from pathlib import Path
 
 import pytest
-from models.target import FOLDER, PROMPT, target_llm, write_adapter
+from models.target import PROMPT, target_llm, write_adapter, write_shallow
 
 from llmopt import (
     LLM,
@@ -211,10 +211,11 @@ def test_no_beams_after_shutdown(program: Path) -> None:
 
 
 def test_an_adapter_for_one_request_of_several(tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter")
+    folder = write_shallow(tmp_path / "target")
+    adapter = write_adapter(tmp_path / "adapter", base=folder)
 
     async def main() -> tuple[list[list[RequestOutput]], BeamSearchOutput]:
-        async with AsyncLLM(FOLDER, dtype="float32", enable_lora=True) as engine:
+        async with AsyncLLM(folder, dtype="float32", enable_lora=True) as engine:
             with pytest.raises(AdapterError):
                 await all_of(engine.generate(PROMPT, GREEDY, lora_request=LoRARequest("b", tmp_path / "missing")))
             each = (None, adapter, None)
@@ -223,7 +224,7 @@ def test_an_adapter_for_one_request_of_several(tmp_path: Path) -> None:
 
     found, beams = asyncio.run(main())
     base, adapted, again = (outputs[-1].outputs[0].token_ids for outputs in found)
-    assert base == again == tuple(target_llm().generate(PROMPT, GREEDY)[0].outputs[0].token_ids)
-    llm = LLM(FOLDER, dtype="float32", enable_lora=True)
+    assert base == again == LLM(folder, dtype="float32").generate(PROMPT, GREEDY)[0].outputs[0].token_ids
+    llm = LLM(folder, dtype="float32", enable_lora=True)
     assert adapted == llm.generate(PROMPT, GREEDY, lora_request=adapter)[0].outputs[0].token_ids != base
     assert [beams] == llm.beam_search(PROMPT, BEAMS, lora_request=adapter) != llm.beam_search(PROMPT, BEAMS)

@@ -1,4 +1,4 @@
-"""The command line, with the trained model under examples/models: what it prints, where, and its exit status."""
+"""The command line, with layers of the trained model under examples/models: what it prints, where, its exit status."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from models.target import write_adapter
+from models.target import FOLDER, write_adapter, write_shallow
 from typer.testing import CliRunner, Result
 
 import llmopt
@@ -18,8 +18,6 @@ from llmopt.cli import app
 from llmopt.codegen.cpu.toolchain import find_compiler, host_level
 from llmopt.compiler.errors import ToolchainError
 
-ROOT = Path(__file__).resolve().parent.parent.parent
-TARGET = ROOT / "examples" / "models" / "target"
 PROMPTS = ["import os", "def fib(n):\n    "]
 # float32, because only there a token is equal or wrong.
 GREEDY = ["--temperature", "0", "--max-tokens", "12", "--dtype", "float32"]
@@ -47,8 +45,14 @@ def records(text: str) -> list[dict[str, object]]:
 
 
 @pytest.fixture(scope="module")
-def llm() -> llmopt.LLM:
-    return llmopt.LLM(TARGET, dtype="float32")
+def target(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with two layers of the trained model: commands compile it again and again."""
+    return write_shallow(tmp_path_factory.mktemp("shallow") / "target")
+
+
+@pytest.fixture(scope="module")
+def llm(target: Path) -> llmopt.LLM:
+    return llmopt.LLM(target, dtype="float32")
 
 
 @pytest.fixture(scope="module")
@@ -67,8 +71,8 @@ def engine(llm: llmopt.LLM, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @needs_compiler
-def test_generate_json_equals_the_library(expected: list[llmopt.RequestOutput]) -> None:
-    found = records(run("generate", TARGET, *PROMPTS, *GREEDY, "--json").stdout)
+def test_generate_json_equals_the_library(target: Path, expected: list[llmopt.RequestOutput]) -> None:
+    found = records(run("generate", target, *PROMPTS, *GREEDY, "--json").stdout)
     assert [r["index"] for r in found] == [0, 1]
     assert [r["prompt"] for r in found] == PROMPTS
     assert [r["prompt_token_ids"] for r in found] == [list(e.prompt_token_ids) for e in expected]
@@ -88,11 +92,13 @@ def test_generate_text(engine: Path, expected: list[llmopt.RequestOutput]) -> No
 
 
 @needs_compiler
-def test_generate_with_an_adapter(engine: Path, expected: list[llmopt.RequestOutput], tmp_path: Path) -> None:
-    adapter = write_adapter(tmp_path / "adapter")
+def test_generate_with_an_adapter(
+    target: Path, engine: Path, expected: list[llmopt.RequestOutput], tmp_path: Path
+) -> None:
+    adapter = write_adapter(tmp_path / "adapter", base=target)
     arguments = [PROMPTS[0], "--lora", adapter.lora_path]
-    (found,) = records(run("generate", TARGET, *arguments, *GREEDY, "--json").stdout)
-    own = llmopt.LLM(TARGET, dtype="float32", enable_lora=True)
+    (found,) = records(run("generate", target, *arguments, *GREEDY, "--json").stdout)
+    own = llmopt.LLM(target, dtype="float32", enable_lora=True)
     params = llmopt.SamplingParams(temperature=0.0, max_tokens=12)
     (output,) = own.generate(PROMPTS[0], params, lora_request=adapter)
     assert found["token_ids"] == list(output.outputs[0].token_ids) != list(expected[0].outputs[0].token_ids)
@@ -191,17 +197,17 @@ def test_defaults_are_those_of_the_library() -> None:
 
 
 @needs_compiler
-def test_explain_folder() -> None:
-    out = run("explain", TARGET, "--dtype", "float32", "--graph", "--kernels").stdout
-    assert "substitute_attention  8" in out
+def test_explain_folder(target: Path) -> None:
+    out = run("explain", target, "--dtype", "float32", "--graph", "--kernels").stdout
+    assert "substitute_attention  2" in out
     assert "fallbacks to ATen\n  none" in out
     assert "paged_attention" in out.split("time:")[1], "the graph"
     assert "LLMOPT_KERNEL(" in out and "llmopt::linear<float>" in out
 
 
 @needs_compiler
-def test_explain_folder_json(llm: llmopt.LLM, expected: list[llmopt.RequestOutput]) -> None:
-    data = json.loads(run("explain", TARGET, "--dtype", "float32", "--json").stdout)
+def test_explain_folder_json(target: Path, llm: llmopt.LLM, expected: list[llmopt.RequestOutput]) -> None:
+    data = json.loads(run("explain", target, "--dtype", "float32", "--json").stdout)
     graph, same = data["graphs"][0], llmopt.explain(llm).to_json()["graphs"][0]
     assert [(p["name"], p["matched"]) for p in graph["passes"]] == [(p["name"], p["matched"]) for p in same["passes"]]
     assert {k["template"] for k in graph["kernels"]} >= {"linear", "attention", "rms_norm"}
@@ -211,7 +217,7 @@ def test_explain_folder_json(llm: llmopt.LLM, expected: list[llmopt.RequestOutpu
 @needs_compiler
 def test_explain_program(engine: Path) -> None:
     out = run("explain", engine, "--kernels").stdout
-    assert "KV cache: 8 layers, blocks of 16 tokens" in out
+    assert "KV cache: 2 layers, blocks of 16 tokens" in out
     assert "linear<float>" in out and "llmopt.paged_attention" in out and "LLMOPT_KERNEL(" in out
     data = json.loads(run("explain", engine, "--json").stdout)
     assert data["kind"] == "program" and data["program"]["steps"] and data["vocab_size"] == 4096
@@ -219,10 +225,10 @@ def test_explain_program(engine: Path) -> None:
 
 
 @needs_compiler
-def test_export_then_generate_in_a_fresh_process(tmp_path: Path) -> None:
+def test_export_then_generate_in_a_fresh_process(target: Path, tmp_path: Path) -> None:
     """The console script, end to end; the second process must not load transformers or Dynamo."""
     path = tmp_path / "bf16.engine"
-    assert str(path) in run("export", TARGET, path, "--block-size", "32").stdout
+    assert str(path) in run("export", target, path, "--block-size", "32").stdout
     code = (
         "import sys; from llmopt.cli import main\n"
         "try: main()\n"
@@ -260,32 +266,32 @@ def check_one_line(result: Result, *words: str) -> None:
 
 
 def test_bad_options_name_option_value_and_what_is_allowed() -> None:
-    generate = ("generate", TARGET, "x")
+    generate = ("generate", FOLDER, "x")
     check_one_line(run(*generate, "--dtype", "int3", status=2), "'dtype'", "'int3'", "'bfloat16'")
     check_one_line(run(*generate, "--top-p", "1.5", status=2), "'top_p'", "1.5", "to 1")
     check_one_line(run(*generate, "--max-tokens", "0", status=2), "'max_tokens'", "0", "from 1 to")
     check_one_line(run(*generate, "--threads", "-1", status=2), "'threads'", "-1", "0 to 1024")
     check_one_line(run(*generate, "--block-size", "0", status=2), "'block_size'", "1 to 1024")
-    check_one_line(run("explain", TARGET, "--dtype", "int3", status=2), "'dtype'", "'int3'")
-    check_one_line(run("export", TARGET, "x.engine", "--dtype", "int3", status=2), "'dtype'", "'int3'")
+    check_one_line(run("explain", FOLDER, "--dtype", "int3", status=2), "'dtype'", "'int3'")
+    check_one_line(run("export", FOLDER, "x.engine", "--dtype", "int3", status=2), "'dtype'", "'int3'")
 
 
 def test_unknown_options_and_commands() -> None:
-    assert "--no-such-option" in run("generate", TARGET, "x", "--no-such-option", status=2).stderr
+    assert "--no-such-option" in run("generate", FOLDER, "x", "--no-such-option", status=2).stderr
     assert "no-such-command" in run("no-such-command", status=2).stderr
-    assert "'--top-p'" in run("generate", TARGET, "x", "--top-p", "abc", status=2).stderr
+    assert "'--top-p'" in run("generate", FOLDER, "x", "--top-p", "abc", status=2).stderr
 
 
 def test_missing_model_and_prompt(tmp_path: Path) -> None:
     check_one_line(run("generate", tmp_path / "none", "x", status=2), "none", "config.json")
-    check_one_line(run("generate", TARGET, status=2), "--prompt-file")
-    check_one_line(run("generate", TARGET, "--prompt-file", tmp_path / "none.txt", status=1), "none.txt")
+    check_one_line(run("generate", FOLDER, status=2), "--prompt-file")
+    check_one_line(run("generate", FOLDER, "--prompt-file", tmp_path / "none.txt", status=1), "none.txt")
     binary = tmp_path / "binary"
     binary.write_bytes(b"a\xff")
-    check_one_line(run("generate", TARGET, "--prompt-file", binary, status=2), "UTF-8", "byte 1")
+    check_one_line(run("generate", FOLDER, "--prompt-file", binary, status=2), "UTF-8", "byte 1")
     check_one_line(run("generate", binary, "x", status=2), "safetensors")
-    check_one_line(run("export", TARGET, tmp_path, status=2), "it is a folder")
-    check_one_line(run("export", TARGET, tmp_path / "a" / "b", status=2), "does not exist")
+    check_one_line(run("export", FOLDER, tmp_path, status=2), "it is a folder")
+    check_one_line(run("export", FOLDER, tmp_path / "a" / "b", status=2), "does not exist")
 
 
 @needs_compiler

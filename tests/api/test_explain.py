@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from graphs.causal_models import TinyCausal, traced
+from models.target import FOLDER, write_shallow
 from models.zoo import build
 from rich.console import Console
 from safetensors import safe_open
@@ -28,8 +29,6 @@ from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.explaining.page import page, write_page
 from llmopt.explaining.tables import print_report
-
-TARGET = Path(__file__).resolve().parent.parent.parent / "examples" / "models" / "target"
 
 
 class Broken(nn.Module):
@@ -191,9 +190,9 @@ def run(*arguments: str | Path, status: int = 0) -> str:
 
 
 def test_command_measures_and_writes_the_page(tmp_path: Path) -> None:
-    path = tmp_path / "report.html"
+    path, folder = tmp_path / "report.html", write_shallow(tmp_path / "target")
     out = run(
-        "explain", TARGET, "--dtype", "float32", "--measure", "--at", "tokens=4,context=64", "--html", path, "--json"
+        "explain", folder, "--dtype", "float32", "--measure", "--at", "tokens=4,context=64", "--html", path, "--json"
     )
     graph = json.loads(out)["graphs"][0]
     assert graph["sizes"]["tokens"] == 4 and graph["sizes"]["context"] == 64
@@ -233,8 +232,8 @@ def test_a_program_file_without_costs_says_nothing_of_them(tmp_path: Path) -> No
 
 
 def test_command_refuses_bad_sizes() -> None:
-    assert "'at'" in run("explain", TARGET, "--at", "tokens", status=2)
-    assert "'at'" in run("explain", TARGET, "--at", "tokens=x", status=2)
+    assert "'at'" in run("explain", FOLDER, "--at", "tokens", status=2)
+    assert "'at'" in run("explain", FOLDER, "--at", "tokens=x", status=2)
 
 
 def test_sizes_of_a_step_are_checked() -> None:

@@ -8,7 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pytest
 import torch
@@ -16,6 +16,7 @@ from models.adapters import make_adapter
 from models.target import FOLDER
 from models.zoo import ZOO, build
 from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaAttention
 
 import llmopt
@@ -56,6 +57,38 @@ def llama(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save("llama", tmp_path_factory.mktemp("llama"))
 
 
+class Compiled(NamedTuple):
+    """What the first process made of a folder: its LLM, which has answered, and the entry that it left."""
+
+    llm: llmopt.LLM
+    answers: list[Any]
+    key: str
+    entry: bytes
+
+
+@pytest.fixture(scope="module")
+def compiled(llama: Path) -> Compiled:
+    """Of `llama`, for the tests that need an entry to begin with."""
+    prefix = f"test-{secrets.token_hex(8)}-"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LLMOPT_GRAPH_CACHE", "1")
+        patch.setattr(graph_cache, "_file", lambda key: f"{prefix}{key}.graph")
+        llm = llmopt.LLM(llama)
+        found = answers(llm)
+    assert not llm.report.graphs[0].from_cache
+    (file,) = entries(prefix)
+    content = object_cache.read(file.name) or b""
+    file.unlink()
+    return Compiled(llm, found, file.name.removeprefix(prefix).removesuffix(".graph"), content)
+
+
+@pytest.fixture
+def kept(compiled: Compiled, prefix: str) -> Compiled:
+    """The same, with its entry in the test's cache."""
+    object_cache.write(f"{prefix}{compiled.key}.graph", compiled.entry)
+    return compiled
+
+
 def answers(llm: llmopt.LLM, **more: Any) -> list[Any]:
     """Tokens and log probabilities, which are equal only where the logits are."""
     outputs = llm.generate(PROMPTS, GREEDY, **more)
@@ -78,7 +111,12 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", CASES)
+SLOW = ("mixtral", "bfloat16")
+
+
+@pytest.mark.parametrize(
+    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
+)
 def test_a_second_process_compiles_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, options = CASES[case]
     folder = save(name, tmp_path / name)
@@ -106,18 +144,21 @@ def test_adapters_come_back(llama: Path, tmp_path: Path, monkeypatch: pytest.Mon
     assert answers(llmopt.LLM(llama, enable_lora=True), lora_request=[request, None]) == expected
 
 
-def test_weights_are_those_of_the_folder(llama: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Nothing of them is kept: another folder of the same shape has the same program."""
-    answers(llmopt.LLM(llama))
-    torch.manual_seed(1)
-    model = build("llama")
-    with torch.no_grad():
-        for parameter in model.parameters():
-            parameter.copy_(torch.randn_like(parameter) * 0.1)
-    model.save_pretrained(tmp_path)
-    shutil.copy(llama / "tokenizer.json", tmp_path)
-    compiled = answers(llmopt.LLM(tmp_path, graph_cache=False))
-    assert answers(llmopt.LLM(tmp_path)) == compiled
+def test_weights_are_those_of_the_folder(llama: Path, kept: Compiled, tmp_path: Path) -> None:
+    """Nothing of them is kept: a folder whose weights were replaced is served by the same program."""
+    file, before = llama / "model.safetensors", tmp_path / "before"
+    tensors = load_file(file)
+    generator = torch.Generator().manual_seed(1)
+    others = {name: 0.1 * torch.randn(tensor.shape, generator=generator) for name, tensor in tensors.items()}
+    file.rename(before)  # another LLM has it mapped
+    try:
+        save_file(others, file, {"format": "pt"})
+        expected = answers(llmopt.LLM(llama, graph_cache=False))
+        llm = llmopt.LLM(llama)
+        assert answers(llm) == expected != kept.answers
+    finally:
+        before.replace(file)
+    assert llm.report.graphs[0].from_cache
 
 
 def test_an_export_from_the_cache_is_the_same(llama: Path, tmp_path: Path) -> None:
@@ -131,17 +172,16 @@ def test_an_export_from_the_cache_is_the_same(llama: Path, tmp_path: Path) -> No
     assert all(torch.equal(weights[tensor], others[tensor]) for tensor in weights)
 
 
-def test_details_are_worked_out_by_compiling(llama: Path) -> None:
-    first, second = llmopt.LLM(llama), llmopt.LLM(llama)
-    for llm in (first, second):
-        answers(llm)
-    (fresh,), (kept,) = first.report.graphs, second.report.graphs
-    assert kept.from_cache and kept.details is not None and fresh.details is not None
-    assert [(c.origin, c.cost.flops) for c in kept.details.calls] == [
+def test_details_are_worked_out_by_compiling(llama: Path, kept: Compiled) -> None:
+    second = llmopt.LLM(llama)
+    answers(second)
+    (fresh,), (again,) = kept.llm.report.graphs, second.report.graphs
+    assert again.from_cache and again.details is not None and fresh.details is not None
+    assert [(c.origin, c.cost.flops) for c in again.details.calls] == [
         (c.origin, c.cost.flops) for c in fresh.details.calls
     ]
-    program = kept.program() if kept.program is not None else None
-    assert program is not None and len(program.program.steps) == len(kept.details.calls)
+    program = again.program() if again.program is not None else None
+    assert program is not None and len(program.program.steps) == len(again.details.calls)
 
 
 def key(folder: Path, **options: Any) -> str | None:
@@ -210,8 +250,7 @@ def test_options_and_circumstances_are_part_of_the_key(llama: Path, monkeypatch:
     assert None not in found and len(set(found)) == len(found)
 
 
-def test_a_patched_class_is_compiled(llama: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    plain = answers(llmopt.LLM(llama))
+def test_a_patched_class_is_compiled(llama: Path, kept: Compiled, monkeypatch: pytest.MonkeyPatch) -> None:
     original = LlamaAttention.forward
 
     def doubled(self: Any, *args: Any, **kwargs: Any) -> Any:
@@ -221,7 +260,7 @@ def test_a_patched_class_is_compiled(llama: Path, monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(LlamaAttention, "forward", doubled)
     llm = llmopt.LLM(llama)
     patched = answers(llm)
-    assert patched != plain and not llm.report.graphs[0].from_cache
+    assert patched != kept.answers and not llm.report.graphs[0].from_cache
 
 
 @pytest.mark.parametrize(
@@ -255,14 +294,13 @@ DAMAGE: list[tuple[tuple[str, ...], Any]] = [
 
 
 def test_an_entry_of_foreign_content_is_compiled_again(
-    llama: Path, prefix: str, caplog: pytest.LogCaptureFixture
+    llama: Path, kept: Compiled, prefix: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    answers(llmopt.LLM(llama))
     (entry,) = entries(prefix)
-    name = entry.name.removeprefix(prefix).removesuffix(".graph")
+    name = kept.key
     weights = dict(load_model(llama, None).named_parameters(remove_duplicate=False))
     buffers = dict(load_model(llama, None).named_buffers())
-    whole = object_cache.read(entry.name) or b""
+    whole = kept.entry
     names = {**weights, **buffers}.keys()
     assert step_cache.find(name, names) is not None
     assert step_cache.find(name, set()) is None  # a model without such weights

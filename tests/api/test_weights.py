@@ -155,7 +155,7 @@ def test_generate_answers_with_the_new_weights(name: str) -> None:
     assert "transformers" not in "".join(llmopt.explain(model).notes)
 
 
-@pytest.mark.parametrize("edit", OTHER_TYPE)
+@pytest.mark.parametrize("edit", [to_bfloat16, pytest.param(half, marks=pytest.mark.slow)])
 @torch.no_grad()
 def test_generate_after_a_change_of_type(edit: Edit) -> None:
     """The step program is compiled again for the new type; tokens may differ only where eager's choice is a tie."""

@@ -45,11 +45,12 @@ def _counts(program: Program) -> int:
     return len(program.steps)
 
 
+@pytest.mark.parametrize(("shallow", "deep"), [(3, 8), pytest.param(8, 32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [tiny.llama_step, tiny.bert_forward])
-def test_depth_adds_calls_but_no_code(make: Callable[[int], Program]) -> None:
-    """8 and 32 layers: the same kernels, the same arena, and a fixed number of calls a layer."""
-    few, many = make(8), make(32)
+def test_depth_adds_calls_but_no_code(make: Callable[[int], Program], shallow: int, deep: int) -> None:
+    """The same kernels, the same arena, and a fixed number of calls a layer."""
+    few, many = make(shallow), make(deep)
     assert tiny.sources(few) == tiny.sources(many)
     assert few.arena_bytes == many.arena_bytes
-    assert (_counts(many) - _counts(few)) % 24 == 0
-    assert 0 < (_counts(many) - _counts(few)) / 24 < 16
+    calls, rest = divmod(_counts(many) - _counts(few), deep - shallow)
+    assert rest == 0 and 0 < calls < 16

@@ -1,13 +1,15 @@
-"""The trained model that ships with the examples, with its tokenizer; compiled once for all tests."""
+"""The trained model that ships with the examples, with its tokenizer, and the first layers of it; compiled once."""
 
 from __future__ import annotations
 
 import functools
 import json
+import re
+import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from llmopt import LLM, LoRARequest
 
@@ -21,9 +23,27 @@ def target_llm() -> LLM:
     return LLM(FOLDER, dtype="float32", max_model_len=256)
 
 
-def write_adapter(path: Path, seed: int = 0) -> LoRARequest:
-    """A random LoRA adapter of the trained model's gates, large enough to change its tokens, in PEFT's format."""
+def write_shallow(path: Path, layers: int = 2) -> Path:
+    """A folder like `FOLDER` with the model's first layers only: compiled in a third of the time, and no nonsense.
+
+    For tests of what surrounds a model. Its tokens depend on their prompt as those of the whole model do.
+    """
+    path.mkdir(parents=True)
+    for file in FOLDER.iterdir():
+        if file.name not in ("config.json", "model.safetensors"):
+            shutil.copy(file, path)
     config = json.loads((FOLDER / "config.json").read_text())
+    (path / "config.json").write_text(json.dumps({**config, "num_hidden_layers": layers}))
+    tensors = load_file(FOLDER / "model.safetensors")
+    numbers = {name: re.search(r"\.layers\.(\d+)\.", name) for name in tensors}
+    kept = {name: tensors[name] for name, found in numbers.items() if found is None or int(found[1]) < layers}
+    save_file(kept, path / "model.safetensors", {"format": "pt"})
+    return path
+
+
+def write_adapter(path: Path, seed: int = 0, base: Path = FOLDER) -> LoRARequest:
+    """A random LoRA adapter of the gates of `base`'s model, large enough to change its tokens, in PEFT's format."""
+    config = json.loads((base / "config.json").read_text())
     generator = torch.Generator().manual_seed(seed)
     tensors = {}
     for layer in range(config["num_hidden_layers"]):

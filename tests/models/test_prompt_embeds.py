@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graphs.causal_models import TinyCausal
-from models.target import FOLDER, PROMPT, write_adapter
+from models.target import PROMPT, write_adapter, write_shallow
 from models.zoo import VOCABULARY, build, greedy, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
@@ -24,7 +24,7 @@ NEW = 9
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 # Sizes on both sides of a page of 4 and of a chunk of 24.
 LENGTHS = (1, 4, 5, 33)
-SLOW = ("gemma3", "opt", "bloom", "gpt-neox", "phi3", "qwen3-moe")
+SLOW = ("qwen3", "gemma3", "opt", "bloom", "gpt-neox", "phi3", "qwen3-moe")
 
 
 def embeddings(name: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
@@ -63,7 +63,7 @@ def llm_of(name: str) -> LLM:
 
 
 @pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gpt2", "qwen3", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
+    "name", ["llama", "gemma2", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
 )
 def test_beside_tokens_in_one_batch(name: str) -> None:
     """Gemma scales embeddings in its forward or in its embedding module, GPT-2 adds learned positions."""
@@ -135,13 +135,19 @@ def test_what_is_given_may_be_changed_afterwards() -> None:
 
 
 @pytest.fixture(scope="module")
-def trained() -> Any:
-    return AutoModelForCausalLM.from_pretrained(FOLDER, dtype=torch.float32).eval()
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Layers of a trained model, with its tokenizer."""
+    return write_shallow(tmp_path_factory.mktemp("shallow") / "target")
 
 
 @pytest.fixture(scope="module")
-def served() -> LLM:
-    return LLM(FOLDER, dtype="float32", enable_prompt_embeds=True, enable_lora=True, max_model_len=256)
+def trained(folder: Path) -> Any:
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+
+
+@pytest.fixture(scope="module")
+def served(folder: Path) -> LLM:
+    return LLM(folder, dtype="float32", enable_prompt_embeds=True, enable_lora=True, max_model_len=256)
 
 
 def prompt_rows(trained: Any, length: int, seed: int) -> Tensor:
@@ -167,8 +173,8 @@ def test_prefixes_are_found_by_their_content(trained: Any, served: LLM) -> None:
     assert ids.num_cached_tokens == 0
 
 
-def test_with_adapters(trained: Any, served: LLM, tmp_path: Path) -> None:
-    adapter, rows = write_adapter(tmp_path / "adapter"), prompt_rows(trained, 20, 2)
+def test_with_adapters(trained: Any, served: LLM, folder: Path, tmp_path: Path) -> None:
+    adapter, rows = write_adapter(tmp_path / "adapter", base=folder), prompt_rows(trained, 20, 2)
     base, adapted = served.generate([{"prompt_embeds": rows}] * 2, GREEDY, lora_request=[None, adapter])
     assert tokens(base) == expected(trained, rows) != tokens(adapted)
     ids = torch.randint(5, 4000, (20,), generator=torch.Generator().manual_seed(2)).tolist()
