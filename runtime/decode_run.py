@@ -10,6 +10,8 @@ from llmopt.runtime.request import Request, Status
 from llmopt.runtime.scheduler import Chunk, Scheduler
 from llmopt.runtime.step_batch import StepBatch
 
+_RUNNING = Status.RUNNING
+
 
 class DecodeRun:
     """The running requests, all of which decode, and the batch of a token of each.
@@ -27,11 +29,10 @@ class DecodeRun:
 
     def __init__(self, scheduler: Scheduler, batch: StepBatch, seats: Sequence[np.ndarray]) -> None:
         self.batch, self.requests = batch, scheduler.decoding
-        self.states = [request.sampling_state for request in self.requests]
-        # Whether the largest logits are all that is needed to choose tokens.
-        self.is_plain = all(state.is_plain for state in self.states)
+        # Whether tokens are the largest logits; their states need not accept them.
+        self.is_plain = all(request.sampling_state.is_plain for request in self.requests)
         self._scheduler, self._seats, self._size = scheduler, seats, scheduler.pages.block_size
-        self._ids, self._positions, self._lengths = (
+        ids, self._positions, lengths = (
             tensor.numpy().data for tensor in (batch.input_ids, batch.positions, batch.seq_lens)
         )
         slots, tables = [batch.slot_mapping], [batch.block_tables]
@@ -41,6 +42,8 @@ class DecodeRun:
         self._slots = [tensor.numpy().data for tensor in slots]
         self._tables = [tensor.numpy() for tensor in tables]
         self._columns = tables[0].shape[1]
+        # What `commit` works with, side by side.
+        self._work = scheduler.advance, self._size, ids, self._positions, lengths, self._slots
         self._is_ready = True
 
     @property
@@ -55,12 +58,12 @@ class DecodeRun:
 
     def commit(self, tokens: Sequence[int]) -> list[Request]:
         """Takes the token that a step chose for each request, and readies the next batch; as `Scheduler.commit`."""
-        advance, size, running, changed = self._scheduler.advance, self._size, Status.RUNNING, []
-        ids, positions, lengths, every = self._ids, self._positions, self._lengths, self._slots
+        advance, size, ids, positions, lengths, every = self._work
+        changed = []
         # An interrupt leaves each request at one of the two steps, but the batch between them.
         is_ready, self._is_ready = True, False
         for row, (request, token) in enumerate(zip(self.requests, tokens, strict=True)):
-            if request.status is not running:  # ended by the stop check of another, which is the caller's code
+            if request.status is not _RUNNING:  # ended by the stop check of another, which is the caller's code
                 continue
             start = positions[row] + 1
             advance(request, start, token)
@@ -78,7 +81,7 @@ class DecodeRun:
 
     def _turn_page(self, row: int, request: Request, start: int) -> bool:
         """Begins a new page of a request; False where it got none, or more has changed than a new last page."""
-        if request.status is not Status.RUNNING or not self._scheduler.make_room(request, start + 1):
+        if request.status is not _RUNNING or not self._scheduler.make_room(request, start + 1):
             return False
         page = start // self._size
         for group, table in enumerate(request.tables):

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
+import math
 import threading
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -302,8 +304,7 @@ class EngineCore:
         """Plans the next step and begins it; None when there is nothing to do."""
         run = self._run
         if run is not None and run.goes_on:
-            batch = run.batch
-            return Flight(run, lambda: self._forward(batch), self._worker, self.scheduler.num_left)
+            return self._begin(run, run.batch)
         self._run = None
         plan = self.scheduler.plan()
         if not plan.chunks:
@@ -317,7 +318,12 @@ class EngineCore:
         given = batch if self._embeds is None else with_prompt_embeds(batch, plan.chunks)
         if self.scheduler.decoding and given is batch:
             self._run = self._builder.decode_run(self.scheduler, batch)
-        return Flight(self._run or plan, lambda: self._forward(given), self._worker, self.scheduler.num_left)
+        return self._begin(self._run or plan, given)
+
+    def _begin(self, work: StepPlan | DecodeRun, batch: StepBatch) -> Flight:
+        # Tokens are chosen from the logits before the next step, so these may be lent.
+        forward = functools.partial(self.program, batch, self.cache, lend=True)
+        return Flight(work, forward, self._worker, self.scheduler.num_left)
 
     def _settle(self, flight: Flight) -> list[Request]:
         """Chooses tokens from the logits of a step, and takes them to its requests."""
@@ -332,11 +338,12 @@ class EngineCore:
         if not isinstance(work, DecodeRun):
             return self._commit(work.chunks, self._choose(work.chunks, logits))
         largest = self._largest(logits) if work.is_plain else None
-        results: Sequence[int | Exception | None]
-        results = self._sampler.take_largest(*largest, work.states) if largest else self._choose(work.chunks, logits)
-        if not all(type(result) is int for result in results):
-            return self._commit(work.chunks, results)
-        return _published(work.commit(cast(Sequence[int], results)))
+        if largest is not None and math.isfinite(sum(largest[0])):
+            return _published(work.commit(largest[1]))
+        results = self._choose(work.chunks, logits)
+        if all(type(result) is int for result in results):
+            return _published(work.commit(cast(list[int], results)))
+        return self._commit(work.chunks, results)
 
     def _settle_alone(self, chunks: Sequence[Chunk], error: Exception) -> list[Request]:
         """After a step that failed: somebody in the batch is to blame, so each takes it alone.
@@ -369,14 +376,11 @@ class EngineCore:
         kept = [is_wanted for chunk, is_wanted in zip(chunks, wanted, strict=True) for _ in self._builder.rows(chunk)]
         return [chunk for chunk, is_wanted in zip(chunks, wanted, strict=True) if is_wanted], logits[torch.tensor(kept)]
 
-    def _forward(self, batch: StepBatch) -> torch.Tensor:
-        # Tokens are chosen from the logits before the next step.
-        return self.program(batch, self.cache, lend=True)
-
     def _alone(self, chunk: Chunk) -> int | Exception | None:
         try:
             batch = self._builder.build([chunk])
-            logits = self._forward(with_prompt_embeds(batch, [chunk]) if self._embeds is not None else batch)
+            given = batch if self._embeds is None else with_prompt_embeds(batch, [chunk])
+            logits = self.program(given, self.cache, lend=True)
         except Exception as error:
             return _failure(error)
         return self._choose([chunk], logits)[0]

@@ -49,7 +49,7 @@ class Flight:
     """A step that has begun: in the worker, or without one in the call of `logits`.
 
     Args:
-        work: what it computes, the chunks of a plan or the batch of a run.
+        work: what it computes, the chunks of a plan or a run.
         run: computes the logits.
         worker: where.
         num_left: the scheduler's count of requests that stopped running, when the step was planned.

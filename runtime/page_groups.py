@@ -150,6 +150,15 @@ class PageGroups:
                 group.pool.release([source])
             table.blocks += blocks
 
+    def add_page(self, request: Request) -> bool:
+        """Gives a request one more page in each group, behind those that it has; False where a group has none left."""
+        for group in self.groups:
+            if not group.pool.num_available:
+                return False
+        for group, table in zip(self.groups, request.tables, strict=True):
+            table.blocks += group.pool.allocate(1)
+        return True
+
     def give_back_passed(self, request: Request) -> None:
         """Gives back what no layer looks at any more."""
         for number, group in self._windowed:

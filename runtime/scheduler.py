@@ -263,7 +263,14 @@ class Scheduler:
 
     def make_room(self, request: Request, upto: int) -> bool:
         """Whether a running request has pages for its first `upto` tokens, those included that it gets now."""
-        return upto <= request.room or self._extend(request, upto)
+        if upto <= request.room:
+            return True
+        if upto != request.room + 1:
+            return self._extend(request, upto)
+        if not self.pages.add_page(request):
+            return False
+        request.room += self.pages.block_size
+        return True
 
     def prepare(self) -> None:
         """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""

@@ -192,24 +192,23 @@ class _Largest:
     """Where a step writes the largest logits to, read as numbers: an op of PyTorch would cost more than all of them."""
 
     def __init__(self) -> None:
-        self._rows = 0
         self._make_room(16)
 
     def _make_room(self, rows: int) -> None:
         self._tensors = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
-        self._values, self._places = (tensor.numpy().data for tensor in self._tensors)
+        self._values, self._places = self._all = [tensor.numpy().data for tensor in self._tensors]
 
     def tensors(self, rows: int) -> tuple[Tensor, Tensor]:
         """Values and places for the next call, which gives so many rows."""
-        if rows > len(self._values):
+        if rows > len(self._all[0]):
             self._make_room(rows)
-        self._rows = rows
+        self._values, self._places = (numbers[:rows] for numbers in self._all)
         return self._tensors
 
     def found(self) -> tuple[list[float], list[int]]:
         """What the latest call found, row by row."""
-        values: list[Any] = self._values[: self._rows].tolist()  # of floats, which typeshed does not know
-        return values, self._places[: self._rows].tolist()
+        values: list[Any] = self._values.tolist()  # of floats, which typeshed does not know
+        return values, self._places.tolist()
 
 
 __all__ = ["StepBatch", "StepProgram"]

@@ -132,7 +132,7 @@ class NativePlan:
         self.entries = [call.entry for call in calls]
         self.labels = [call.label or call.entry for call in calls]
         self._lock = threading.Lock()
-        self._scratch, self._scratch_address = np.empty(0, np.uint8), 0
+        self._scratch, self._scratch_address, self._most_threads = np.empty(0, np.uint8), 0, 0
 
         expressions: dict[tuple[int, ...], int] = {}
         number = lambda code: expressions.setdefault(tuple(code), len(expressions))  # noqa: E731
@@ -194,7 +194,14 @@ class NativePlan:
 
         def run(threads: int | None, _kept: Any = (bases, symbols)) -> None:
             with self._lock:
-                self._run(self._address, base_address, symbol_address, team_size(threads))
+                team = team_size(threads)
+                if team > self._most_threads:
+                    self._make_scratch(team)
+                status = self._entry(
+                    self._address, base_address, symbol_address, self._scratch_address, team, *self._openmp
+                )
+                if status:
+                    raise self._failure(status)
 
         return run
 
@@ -216,16 +223,20 @@ class NativePlan:
                 part.calls += number * row
                 if part.seconds:
                     part.seconds += number * self.seconds.strides[0]
+                team = team_size(threads)
+                if team > self._most_threads:
+                    self._make_scratch(team)
                 with span(label):
-                    self._run(ctypes.addressof(part), *addresses, team_size(threads), number)
+                    status = self._entry(ctypes.addressof(part), *addresses, self._scratch_address, team, *self._openmp)
+                if status:
+                    raise self._failure(status, number)
 
-    def _run(self, plan: int, bases: int, symbols: int, threads: int, first: int = 0) -> None:
-        """Runs the plan at an address on arrays at addresses; `first` is the number of its first call."""
-        needed = SCRATCH_BYTES * threads + 64
-        if self._scratch.nbytes < needed:
-            self._scratch = np.empty(needed, np.uint8)
-            self._scratch_address = self._scratch.ctypes.data + 63 & ~63
-        status = self._entry(plan, bases, symbols, self._scratch_address, threads, *self._openmp)
-        if status:
-            call = first + status // 256
-            raise KernelError(status % 256, call, self.entries[call])
+    def _make_scratch(self, threads: int) -> None:
+        self._scratch = np.empty(SCRATCH_BYTES * threads + 64, np.uint8)
+        self._scratch_address = self._scratch.ctypes.data + 63 & ~63
+        self._most_threads = threads
+
+    def _failure(self, status: int, first: int = 0) -> KernelError:
+        """The error of a run that gave a status other than 0; `first` is the number of its first call."""
+        call = first + status // 256
+        return KernelError(status % 256, call, self.entries[call])

@@ -68,23 +68,15 @@ class Sampler:
         if all(state.is_plain for state in states):
             found = largest_numbers(logits, self.vocab_size)
             if found is not None:
-                tokens = self.take_largest(*found, states)
-                return [Sampled(token) if isinstance(token, int) else token for token in tokens]
+                return [self._take_largest(*row) for row in zip(*found, states, strict=True)]
         return self._choose(logits, states)
 
     @staticmethod
-    def take_largest(
-        values: Sequence[float], places: Sequence[int], states: Sequence[SamplingState]
-    ) -> list[int | SamplingError]:
-        """What a call gives for states that are all plain, given the largest logit of each row and its place."""
-        result: list[int | SamplingError] = []
-        for value, token, state in zip(values, places, states, strict=True):
-            if _LOWEST < value < _HIGHEST:
-                state.generated.append(token)
-                result.append(token)
-            else:
-                result.append(SamplingError(_failure(value)))
-        return result
+    def _take_largest(value: float, token: int, state: SamplingState) -> Sampled | SamplingError:
+        if not _LOWEST < value < _HIGHEST:
+            return SamplingError(_failure(value))
+        state.generated.append(token)
+        return Sampled(token)
 
     @torch.no_grad()
     def _choose(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:

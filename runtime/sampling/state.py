@@ -137,7 +137,7 @@ class SamplingState:
             or len(self.biased_ids)
             or len(self.allowed_ids)
         )
-        # Whether its tokens are the largest of the model's own logits all the way, and accepting one is to append it.
+        # Whether its tokens are the largest of the model's own logits all the way, whatever was `generated`.
         self.is_plain = (
             params.is_greedy and not (self._always_adjusted or self.wants_logprob) and params.min_tokens == 0
         )
