@@ -6,8 +6,8 @@ usage: python benchmarks/engine_overhead.py [--batch 8] [--steps 400] [--context
 The model is a Llama of so many layers and next to no width: the number of caches and weights is that of a real one, the
 compiled step itself takes hardly any time. Medians over the steps, in microseconds: "native" is the time inside the
 compiled step, "overhead" all the rest of `EngineCore.step`; "take tokens, next batch" (`DecodeRun.commit`) and "enter
-program" are parts of it, "plan" and "build batch" those of the few steps that need them. That is greedy, which the limit
-is about; for temperature 0.8 with top_p 0.95 the choice of the tokens is printed alone, as "sample".
+program" are parts of it, "plan" and "build batch" those of the few steps that need them. That is greedy, which the
+limit is about; for temperature 0.8 with top_p 0.95 the choice of the tokens is printed alone, as "sample".
 
 With `--overlap-width` a wider model, of 8 layers, then decodes with and without `async_scheduling` in turn, while the
 caller spends 0 or 0.5 ms on each step's results: medians of milliseconds from step to step.

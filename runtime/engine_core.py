@@ -234,7 +234,7 @@ class EngineCore:
             if request is None or (request is not which and not isinstance(which, str)):
                 return False
             self.scheduler.abort(name)
-            _publish(request)
+            _published([request])
         return True
 
     def fail_all(self, error: Exception) -> None:
@@ -242,7 +242,7 @@ class EngineCore:
         with self._lock:
             for request in list(self.scheduler.requests.values()):
                 self.scheduler.fail(request, error)
-                _publish(request)
+                _published([request])
 
     @property
     def has_unfinished(self) -> bool:
@@ -447,16 +447,12 @@ class EngineCore:
         return next(name for name in self._ids if name not in self.scheduler.requests)
 
 
-def _publish(request: Request) -> None:
-    """Lets others see what the request has now."""
-    request.published = len(request.tokens), request.finish_reason is not None
-    if request.outbox is not None:
-        request.outbox.append(request)
-
-
 def _published(requests: list[Request]) -> list[Request]:
+    """Lets others see what the requests have now."""
     for request in requests:
-        _publish(request)
+        request.published = len(request.tokens), request.finish_reason is not None
+        if request.outbox is not None:
+            request.outbox.append(request)
     return requests
 
 
