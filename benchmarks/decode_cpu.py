@@ -4,8 +4,8 @@ usage: python benchmarks/decode_cpu.py [--dtype bfloat16] [--layers 16] [--conte
            [--threads 2] [--peers eager inductor llmopt] [--out benchmarks/results/decode_cpu.json]
 
 The weights are random (speed does not depend on their values, as long as they are not zero) and the same for all
-contestants; llmopt has its own copy, for it moves them to huge pages. One unit of work is the same everywhere: one
-forward pass and the argmax of the last position, at batch 1.
+contestants; llmopt has its own copy, for it moves them to huge pages. `--peers llmopt llmopt-small-pages` shows what
+that gains. One unit of work is the same everywhere: one forward pass and the argmax of the last position, at batch 1.
 """
 
 from __future__ import annotations
@@ -21,6 +21,8 @@ from harness import ROOT, Contestant, conditions, plot, print_table, run_rounds,
 from peers import StepDecoder, contestant, eager_decoder, inductor_decoder
 from probe import Probe
 from transformers import PreTrainedModel
+
+from llmopt.compiler.options import Options
 
 DTYPES = {"bfloat16": torch.bfloat16, "float32": torch.float32, "float16": torch.float16}
 PHASES = ("prefill", "decode")
@@ -49,17 +51,24 @@ def inductor(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Conte
     return contestant("inductor", decoder, prompt, steps, attention=model.config._attn_implementation, dynamic=False)
 
 
-def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
-    decoder = StepDecoder(copy.deepcopy(model), len(prompt) + steps)
+def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int, huge_pages: bool = True) -> Contestant:
+    own = copy.deepcopy(model) if huge_pages else model
+    decoder = StepDecoder(own, len(prompt) + steps, Options(huge_pages=huge_pages))
     (graph,) = decoder.report.graphs
     fallbacks = sorted({fallback.op for fallback in graph.fallbacks})
-    return contestant("llmopt", decoder, prompt, steps, native_calls=graph.native_calls, aten_fallbacks=fallbacks)
+    name = "llmopt" if huge_pages else "llmopt-small-pages"
+    return contestant(name, decoder, prompt, steps, native_calls=graph.native_calls, aten_fallbacks=fallbacks)
+
+
+def on_small_pages(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
+    return step_program(model, prompt, steps, huge_pages=False)
 
 
 PEERS: dict[str, Callable[[PreTrainedModel, Sequence[int], int], Contestant]] = {
     "eager": eager,
     "inductor": inductor,
     "llmopt": step_program,
+    "llmopt-small-pages": on_small_pages,
 }
 
 
@@ -71,7 +80,7 @@ def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=16, help="tokens decoded per round")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=sorted(PEERS))
+    parser.add_argument("--peers", nargs="+", choices=sorted(PEERS), default=["eager", "inductor", "llmopt"])
     parser.add_argument("--out", type=Path, help="JSON file; a plot goes beside it")
     return parser.parse_args(arguments)
 
@@ -97,7 +106,7 @@ def main() -> None:
     result = run_rounds(contestants, options.rounds, setting, Probe(options.threads))
     read = bytes_per_token(model, options.context)
     title = f"Llama-3.2-1B shape, {options.layers} layers, {options.dtype}, context {options.context}, batch 1"
-    print_table(result, PHASES, title, ("eager", "inductor"), {"decode": read})
+    print_table(result, PHASES, title, [name for name in options.peers if name != "llmopt"], {"decode": read})
     if options.out:
         out = options.out if options.out.is_absolute() else ROOT / options.out
         save(result, out)
