@@ -27,6 +27,21 @@ class DecodeRun:
         seats: for each group of pages the block tables of all seats, which are kept up to date.
     """
 
+    __slots__ = (
+        "_columns",
+        "_is_ready",
+        "_positions",
+        "_scheduler",
+        "_seats",
+        "_size",
+        "_slots",
+        "_tables",
+        "_work",
+        "batch",
+        "is_plain",
+        "requests",
+    )
+
     def __init__(self, scheduler: Scheduler, batch: StepBatch, seats: Sequence[np.ndarray]) -> None:
         self.batch, self.requests = batch, scheduler.decoding
         # Whether tokens are the largest logits; their states need not accept them.

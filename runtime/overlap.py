@@ -55,6 +55,8 @@ class Flight:
         num_left: the scheduler's count of requests that stopped running, when the step was planned.
     """
 
+    __slots__ = ("_future", "_run", "num_left", "work")
+
     def __init__(
         self, work: StepPlan | DecodeRun, run: Callable[[], torch.Tensor], worker: Worker | None, num_left: int
     ) -> None:
