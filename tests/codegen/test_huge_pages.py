@@ -63,13 +63,13 @@ def moved(*tensors: torch.Tensor) -> bool:
 
 @needs_linux
 def test_contents_and_addresses_stay(little_is_enough: None) -> None:
-    tensors = [torch.randn(3_000_001), torch.randn(1001, 2003).bfloat16().t()]
+    # Larger than what the allocator may have kept from others, which may stand on huge pages.
+    tensors = [torch.randn(17_000_001), torch.randn(1001, 2003).bfloat16().t()]
     copies, addresses = [tensor.clone() for tensor in tensors], [tensor.data_ptr() for tensor in tensors]
-    assert all(anonymous_huge_bytes(tensor) == 0 for tensor in tensors)
     assert moved(*tensors, tensors[0][5:], torch.ones(3))
     assert [tensor.data_ptr() for tensor in tensors] == addresses
     assert all(map(torch.equal, tensors, copies))
-    assert anonymous_huge_bytes(tensors[0]) >= 8 * MEGABYTE
+    assert anonymous_huge_bytes(tensors[0]) >= 60 * MEGABYTE
     tensors[0].zero_()
     assert not tensors[0].any()
 

@@ -21,7 +21,7 @@ from llmopt.errors import InputError, QueueFullError, RequestError
 from llmopt.runtime.engine_core import MAX_SALT_LENGTH, EngineCore
 from llmopt.runtime.generation import Job, run_jobs
 from llmopt.runtime.request import Request
-from llmopt.runtime.step_program import StepBatch
+from llmopt.runtime.step_program import StepBatch, StepProgram
 
 MAX_LEN = 64
 # Models whose positions end where their table does.
@@ -384,15 +384,14 @@ def test_an_interrupt_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatc
 
 def test_a_failure_in_generate_is_reported_beside_the_others(monkeypatch: pytest.MonkeyPatch) -> None:
     model = llm()
-    core = model._engine_core()
-    program, rows = core.program, prompts([9, 12])
+    run, rows = StepProgram.__call__, prompts([9, 12])
 
-    def evil(batch: StepBatch, cache: Any, lend: bool) -> torch.Tensor:
-        logits = program(batch, cache)
+    def evil(program: StepProgram, batch: StepBatch, cache: Any, **_: Any) -> torch.Tensor:
+        logits = run(program, batch, cache)
         logits[batch.seq_lens == 11] = float("nan")
         return logits
 
-    monkeypatch.setattr(core, "program", evil)
+    monkeypatch.setattr(StepProgram, "__call__", evil)
     first, second = model.generate(rows, GREEDY)
     assert (first.outputs[0].finish_reason, second.outputs[0].finish_reason) == ("error", "length")
     assert first.outputs[0].error is not None and len(first.outputs[0].token_ids) == 2
