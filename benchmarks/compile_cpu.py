@@ -9,9 +9,9 @@ in each round once with empty caches and once more with what that left in them, 
 (`first_call.py`), peers in turns. Medians are reported, and what the first call is made of: Dynamo's tracing, which is
 everybody's; the forward itself (as long as a later call takes); and the rest, which is the compiler's own. `bert` and
 `vit` (BERT-base, 128 tokens; ViT-base, 224 x 224) measure samples per second at each batch size in interleaved rounds.
-Every part has each peer's peak memory at batch 1 as well, eager PyTorch's beside it. Weights are random, the same for
-everybody (llmopt has its own copy, for it moves them to huge pages); sizes are static, which suits Inductor best. A
-part's result replaces the one in `--out`; the plot beside it shows all parts that are there.
+Every part has each peer's peak memory at batch 1 as well, eager PyTorch's beside it. Weights are random and shared;
+sizes are static for everybody, which is what suits Inductor best. A part's result replaces the one in `--out`; the plot
+beside it shows all parts that are there.
 
 OpenVINO's backend needs `pip install openvino`; it is no dependency. A peer that is not installed, does not work or
 hands the model to something else is listed with the reason. It takes no bfloat16; `--parts llama-float32` is for it.
@@ -20,7 +20,6 @@ hands the model to something else is listed with the reason. It takes no bfloat1
 from __future__ import annotations
 
 import argparse
-import copy
 import json
 import statistics
 import subprocess
@@ -50,7 +49,7 @@ def contestants(model: torch.nn.Module, batches: Sequence[int], names: Sequence[
     samples = {batch: inputs(model, batch) for batch in batches}
 
     def make(name: str) -> Contestant:
-        forward = compiled_forward(copy.deepcopy(model) if name == "llmopt" else model, name)
+        forward = compiled_forward(model, name)
 
         @torch.no_grad()
         def run(batch: int) -> int:

@@ -3,9 +3,9 @@
 usage: python benchmarks/decode_cpu.py [--dtype bfloat16] [--layers 16] [--context 512] [--steps 16] [--rounds 5]
            [--threads 2] [--peers eager inductor llmopt] [--out benchmarks/results/decode_cpu.json]
 
-The weights are random (speed does not depend on their values, as long as they are not zero) and the same for all
-contestants; llmopt has its own copy, for it moves them to huge pages. `--peers llmopt llmopt-small-pages` shows what
-that gains. One unit of work is the same everywhere: one forward pass and the argmax of the last position, at batch 1.
+The weights are random (speed does not depend on their values, as long as they are not zero) and shared by all
+contestants but `llmopt-huge-pages`, which is llmopt with that option and moves its own copy. One unit of work is the
+same everywhere: one forward pass and the argmax of the last position, at batch 1.
 """
 
 from __future__ import annotations
@@ -51,24 +51,24 @@ def inductor(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Conte
     return contestant("inductor", decoder, prompt, steps, attention=model.config._attn_implementation, dynamic=False)
 
 
-def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int, huge_pages: bool = True) -> Contestant:
+def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int, huge_pages: bool = False) -> Contestant:
     own = copy.deepcopy(model) if huge_pages else model
     decoder = StepDecoder(own, len(prompt) + steps, Options(huge_pages=huge_pages))
     (graph,) = decoder.report.graphs
     fallbacks = sorted({fallback.op for fallback in graph.fallbacks})
-    name = "llmopt" if huge_pages else "llmopt-small-pages"
+    name = "llmopt-huge-pages" if huge_pages else "llmopt"
     return contestant(name, decoder, prompt, steps, native_calls=graph.native_calls, aten_fallbacks=fallbacks)
 
 
-def on_small_pages(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
-    return step_program(model, prompt, steps, huge_pages=False)
+def on_huge_pages(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
+    return step_program(model, prompt, steps, huge_pages=True)
 
 
 PEERS: dict[str, Callable[[PreTrainedModel, Sequence[int], int], Contestant]] = {
     "eager": eager,
     "inductor": inductor,
     "llmopt": step_program,
-    "llmopt-small-pages": on_small_pages,
+    "llmopt-huge-pages": on_huge_pages,
 }
 
 

@@ -4,9 +4,8 @@ usage: python benchmarks/serving_cpu.py [--dtype bfloat16] [--layers 16] [--requ
            [--output-len 16:128] [--rounds 2] [--threads 2] [--one-at-a-time 4]
            [--out benchmarks/results/serving_cpu.json]
 
-The shape is Llama-3.2-1B's, the weights are random and the same for all contestants (llmopt has its own copy, for it
-moves them to huge pages), every request has its own number of tokens to generate and none ends earlier. All requests
-wait when the clock starts. One unit of work is an output token.
+The shape is Llama-3.2-1B's, the weights are random and shared by all contestants, every request has its own number of
+tokens to generate and none ends earlier. All requests wait when the clock starts. One unit of work is an output token.
 
 `generate_batch` is transformers' continuous batching: its manager, fed as `generate_batch` feeds it, because that
 function takes one length for all. One-at-a-time `generate` runs every n-th request only (`--one-at-a-time` of them):
@@ -20,7 +19,6 @@ the rounds and added up over the steps that llmopt took, which is the best that 
 from __future__ import annotations
 
 import argparse
-import copy
 import statistics
 import time
 from collections.abc import Callable, Sequence
@@ -109,7 +107,7 @@ class Llmopt:
     def __init__(self, model: PreTrainedModel, work: Workload, max_num_seqs: int) -> None:
         longest = max(len(p) + n for p, n in zip(work.prompts, work.lengths, strict=True))
         self._engine = ModelEngine(
-            copy.deepcopy(model),
+            model,
             Options.make({"max_num_seqs": max_num_seqs, "max_model_len": longest, "enable_prefix_caching": False}),
             Report(),
         )

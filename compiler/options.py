@@ -59,8 +59,8 @@ class Options:
     record_graphs: keep the printed graph before the passes and after each, for `explain`.
     rewrite_log: a file to which every compilation appends one line of JSON about the rewrites it made, the last one in
         full; what bisection reads (also `LLMOPT_REWRITE_LOG`).
-    huge_pages: move weights to huge pages of memory, in the background, once a program is called again; decoding reads
-        them faster then. Linux 6.1 and newer, weights on the CPU that are not mapped from a file.
+    huge_pages: move weights to huge pages of memory, in the background, once a program is called again; decoding mostly
+        reads them faster then. Linux 6.1 and newer, weights on the CPU that are not mapped from a file.
     graph_cache: keep compiled graphs, and the step programs of folders, beside the kernels and take them from there in
         later processes (also `LLMOPT_GRAPH_CACHE=0`).
     fallback: what happens to ops without a kernel: "warn" runs them on ATen and says so once, "silent" only records
@@ -90,7 +90,7 @@ class Options:
     verify: bool | str = False
     record_graphs: bool = False
     rewrite_log: str = ""
-    huge_pages: bool = True
+    huge_pages: bool = False
     graph_cache: bool = True
     fallback: str = "silent"
 

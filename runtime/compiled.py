@@ -34,7 +34,7 @@ class CompiledGraph:
         weights: Sequence[Node],
         constants: Sequence[torch.Tensor] = (),
         threads: int = 0,
-        huge_pages: bool = True,
+        huge_pages: bool = False,
     ) -> None:
         self._constants = list(constants)
         self.executable = make_executable(program, threads, huge_pages=huge_pages)

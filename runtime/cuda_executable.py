@@ -141,7 +141,7 @@ class CudaExecutable(Executable):
 
 
 def make_executable(
-    program: Program, threads: int = 0, device: torch.device | None = None, huge_pages: bool = True
+    program: Program, threads: int = 0, device: torch.device | None = None, huge_pages: bool = False
 ) -> Executable:
     """The executable for a program's target; `device` concerns GPUs alone (None: the current one), the rest the CPU."""
     return CudaExecutable(program, device) if program.target == "cuda" else Executable(program, threads, huge_pages)

@@ -98,7 +98,7 @@ class Executable:
 
     device = torch.device("cpu")
 
-    def __init__(self, program: Program, threads: int = 0, huge_pages: bool = True) -> None:
+    def __init__(self, program: Program, threads: int = 0, huge_pages: bool = False) -> None:
         self.program = program
         self.threads, self.huge_pages = threads, huge_pages
         self._bases = np.zeros(len(program.values) + 1, np.int64)

@@ -107,7 +107,7 @@ def _named_weights(weights: Sequence[torch.Tensor]) -> tuple[list[str], dict[str
     return names, tensors
 
 
-def load_program(path: str | Path, threads: int = 0, huge_pages: bool = True) -> LoadedProgram:
+def load_program(path: str | Path, threads: int = 0, huge_pages: bool = False) -> LoadedProgram:
     """Reads a program file and compiles its kernels (or takes them from the cache); see `Executable` for the rest.
 
     Raises ProgramFileError for a damaged or foreign file, InputError when there is none.

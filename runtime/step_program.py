@@ -58,7 +58,7 @@ class StepProgram:
         threads: int = 0,
         device: torch.device | None = None,
         lora: LoraSpec | None = None,
-        huge_pages: bool = True,
+        huge_pages: bool = False,
     ) -> None:
         self.program, self.caches, self.block_size = program, list(caches), block_size
         searching = with_largest(program)
