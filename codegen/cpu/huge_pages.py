@@ -26,8 +26,8 @@ import torch
 log = logging.getLogger(__name__)
 
 _SETTINGS = Path("/sys/kernel/mm/transparent_hugepage")
-# Advice to madvise(2); Python's mmap module does not name the second.
-_HUGEPAGE, _COLLAPSE = 14, 25
+# Advice to madvise(2), which Python's mmap module does not name.
+_COLLAPSE = 25
 # Caches and the memory of page addresses hold less than this much.
 _LEAST_BYTES = 64 << 20
 # Moved by one call: tensors are held so long, and may be freed between.
@@ -57,13 +57,6 @@ def _whole_pages(tensor: torch.Tensor) -> range:
     size, memory = huge_page_bytes(), tensor.untyped_storage()
     begin, end = memory.data_ptr(), memory.data_ptr() + memory.nbytes()
     return range(-(-begin // size) * size, end // size * size, size)
-
-
-def advise(tensor: torch.Tensor) -> torch.Tensor:
-    """A large tensor that nothing has been written to yet, which gets huge pages when something is."""
-    if huge_page_bytes() and (pages := _whole_pages(tensor)):
-        _madvise()(pages.start, pages.stop - pages.start, _HUGEPAGE)
-    return tensor
 
 
 def move_to_huge_pages(tensors: Iterable[torch.Tensor]) -> threading.Thread | None:

@@ -11,7 +11,6 @@ from collections.abc import Callable, Sequence
 
 import torch
 
-from llmopt.codegen.cpu.huge_pages import advise
 from llmopt.codegen.cpu.native import PUSH, NativeCall, NativePlan, TensorOperand
 from llmopt.codegen.cpu.toolchain import build_library, host_level
 
@@ -99,7 +98,7 @@ class Limits:
     def __init__(self, megabytes: int = 256, threads: int | None = None) -> None:
         threads = threads or torch.get_num_threads()
         self.bytes = megabytes << 20
-        self._data = advise(torch.empty(self.bytes // 4, dtype=torch.int32)).fill_(1)
+        self._data = torch.ones(self.bytes // 4, dtype=torch.int32)
         self._sink = torch.zeros(64 * 16)
         self._read = kernel_plan(_PROBES, "read_memory", [self._data, self._sink], [self.bytes])
         self._fma = kernel_plan(_PROBES, "multiply_add", [self._sink], [_ITERATIONS])

@@ -14,7 +14,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from llmopt.codegen.cpu import huge_pages
-from llmopt.codegen.cpu.huge_pages import advise, huge_page_bytes, move_to_huge_pages
+from llmopt.codegen.cpu.huge_pages import huge_page_bytes, move_to_huge_pages
 from llmopt.runtime import executable
 
 MEGABYTE = 1 << 20
@@ -120,12 +120,6 @@ def test_what_is_mapped_from_a_file_stays_there(little_is_enough: None, tmp_path
         assert bool((mapped == 1).all())
 
 
-@needs_linux
-def test_fresh_memory_gets_huge_pages_when_it_is_written_to() -> None:
-    tensor = advise(torch.empty(64 * MEGABYTE, dtype=torch.uint8)).fill_(1)
-    assert anonymous_huge_bytes(tensor) > 0 and bool((tensor == 1).all())
-
-
 @pytest.mark.parametrize("options", [{"huge_pages": True}, {}])
 def test_weights_move_at_the_second_call(options: dict[str, bool], monkeypatch: pytest.MonkeyPatch) -> None:
     moves: list[list[torch.Tensor]] = []
@@ -159,6 +153,5 @@ def test_systems_without_huge_pages(monkeypatch: pytest.MonkeyPatch, tmp_path: P
         try:
             assert huge_page_bytes() == 0
             assert move_to_huge_pages([torch.ones(8 * MEGABYTE)]) is None
-            assert bool((advise(torch.empty(8 * MEGABYTE)).fill_(1) == 1).all())
         finally:
             huge_page_bytes.cache_clear()
