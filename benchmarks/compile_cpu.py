@@ -25,7 +25,7 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -74,21 +74,26 @@ def measure_throughput(part: str, options: argparse.Namespace) -> dict[str, Any]
     )
     peers = [name for name in options.peers if name != "llmopt"]
     print_table(result, [f"batch {b}" for b in options.batches], part, peers, unit="samples")
-    return {**result.to_json(), "peak_bytes": measure_memory(part, options)}
+    return {**result.to_json(), "peak_bytes": measure_memory(part, options, options.peers)}
 
 
-def measure_memory(part: str, options: argparse.Namespace) -> dict[str, float]:
-    """Resident bytes at most during calls that compile nothing, less what the process had before the model was made:
-    weights that stay alive, what was made of them, and temporaries. A process a peer, which finds its caches filled."""
+def measure_memory(part: str, options: argparse.Namespace, peers: Sequence[str]) -> dict[str, float]:
+    """`_peak_bytes` of each peer that works, in a process that finds its caches filled."""
     found = {}
     with tempfile.TemporaryDirectory(prefix="compile-cpu-") as folder:
-        for peer in options.peers:
+        for peer in peers:
             for _ in STATES if BACKENDS[peer] is not None else STATES[:1]:
                 sample = first_call(part, peer, Path(folder) / peer, options)
             if "error" not in sample:
-                found[peer] = sample["peak_bytes"] - sample["start_bytes"]
+                found[peer] = _peak_bytes(sample)
     print(f"{part}, peak memory: " + ", ".join(f"{peer} {size / 2**20:.0f} MiB" for peer, size in found.items()))
     return found
+
+
+def _peak_bytes(sample: Mapping[str, float]) -> float:
+    """Resident bytes at most during calls that compile nothing, less what the process had before the model was made:
+    weights that stay alive, what was made of them, temporaries, and the compiler's modules."""
+    return sample["peak_bytes"] - sample["start_bytes"]
 
 
 def first_call(part: str, peer: str, caches: Path, options: argparse.Namespace) -> dict[str, Any]:
@@ -124,7 +129,10 @@ def measure_first_call(part: str, options: argparse.Namespace) -> dict[str, Any]
         "read_gb_s": {"samples": bandwidth},
         "first_call_median": medians,
         "first_call": samples,
-        "peak_bytes": measure_memory(part, options),
+        "peak_bytes": {
+            **measure_memory(part, options, [peer for peer in options.peers if peer not in peers]),
+            **{peer: _peak_bytes(found["warm"]) for peer, found in medians.items() if found["warm"]},
+        },
     }
     print_first_call(part, result)
     return result

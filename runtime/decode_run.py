@@ -96,7 +96,7 @@ class DecodeRun:
 
     def _turn_page(self, row: int, request: Request, start: int) -> bool:
         """Begins a new page of a request; False where it got none, or more has changed than a new last page."""
-        if request.status is not _RUNNING or not self._scheduler.make_room(request, start + 1):
+        if request.status is not _RUNNING or not self._scheduler.extend(request, start + 1):
             return False
         page = start // self._size
         for group, table in enumerate(request.tables):
@@ -115,4 +115,4 @@ class DecodeRun:
         for row, request in enumerate(self.requests):
             after = self._positions[row] + 1
             if after % self._size == 0 and after + 1 < request.limit:
-                self._scheduler.make_room(request, after + 1)
+                self._scheduler.extend(request, after + 1)

@@ -401,7 +401,8 @@ class EngineCore:
             return results
         outcomes: Sequence[Sampled | Exception]
         try:
-            outcomes = self._sampler(logits, [chunks[i].request.sampling_state for i in sampling])
+            states = [chunks[i].request.sampling_state for i in sampling]
+            outcomes = self._sampler(logits, states, self._largest(logits))
         except Exception as error:
             outcomes = [_failure(error)] * len(sampling)
         for i, outcome in zip(sampling, outcomes, strict=True):

@@ -261,17 +261,6 @@ class Scheduler:
         """
         return requests is self.decoding and not (self._waiting and self._seats) and not self.pages.moves
 
-    def make_room(self, request: Request, upto: int) -> bool:
-        """Whether a running request has pages for its first `upto` tokens, those included that it gets now."""
-        if upto <= request.room:
-            return True
-        if upto != request.room + 1:
-            return self._extend(request, upto)
-        if not self.pages.add_page(request):
-            return False
-        request.room += self.pages.block_size
-        return True
-
     def prepare(self) -> None:
         """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""
         if self._caches:
@@ -336,15 +325,22 @@ class Scheduler:
     def _make_room(self, request: Request, budget: int) -> bool:
         """Gives a request the pages of its next chunk, at the cost of requests of worse rank, or of its own."""
         upto = request.num_computed + min(len(request.tokens) - request.num_computed, budget)
-        while not self._extend(request, upto):
+        while not self.extend(request, upto):
             victim = max(self.running, key=lambda r: r.rank)
             self.preempt(victim)
             if victim is request:
                 return False
         return True
 
-    def _extend(self, request: Request, upto: int) -> bool:
-        """Gives a request what it needs to compute its first `upto` tokens, if there are so many pages."""
+    def extend(self, request: Request, upto: int) -> bool:
+        """Gives a running request what it needs to compute its first `upto` tokens, if there are so many pages."""
+        if upto <= request.room:
+            return True
+        if upto == request.room + 1:  # a page more, behind those that it may write to already
+            if not self.pages.add_page(request):
+                return False
+            request.room += self.pages.block_size
+            return True
         needed = self.pages.needed(request, upto)
         if self.pages.short_of(needed):
             return False

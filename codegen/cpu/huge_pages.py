@@ -4,7 +4,7 @@ A decode step reads every weight once. With pages of 4 KiB a processor has to fi
 is far more than it remembers, and its prefetchers stop at the end of each. Huge pages hold 512 times as much.
 
 Linux 6.1 copies memory to huge pages behind its addresses when asked to (`madvise` with MADV_COLLAPSE, see the manual
-page). That takes more than a second for a gigabyte, hence a thread of its own. Memory that is mapped from a file stays
+page). That takes seconds for a few gigabytes, hence a thread of its own. Memory that is mapped from a file stays
 as it is: its pages are the page cache's, which file systems with large folios keep together by themselves. Other
 systems, older kernels and those with transparent huge pages switched off keep the pages that they have.
 """

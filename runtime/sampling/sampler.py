@@ -52,8 +52,15 @@ class Sampler:
         self._scores, self._work = Workspace(), Workspace()
         self.eos_token_ids = tuple(token for token in dict.fromkeys(eos_token_ids) if 0 <= token < vocab_size)
 
-    def __call__(self, logits: Tensor, states: Sequence[SamplingState]) -> list[Sampled | SamplingError]:
+    def __call__(
+        self,
+        logits: Tensor,
+        states: Sequence[SamplingState],
+        found: tuple[Sequence[float], Sequence[int]] | None = None,
+    ) -> list[Sampled | SamplingError]:
         """The next tokens for `logits[R, V]` of R sequences, which accept them.
+
+        `found`: value and place of the first largest of each row's first `vocab_size` logits, where they are known.
 
         A row that cannot be sampled (NaN or infinite logits, nothing that may follow, a grammar that failed) gets an
         error and accepts nothing; the others are not affected. Logits of another shape raise SamplingError.
@@ -66,7 +73,7 @@ class Sampler:
         if not states:
             return []
         if all(state.is_plain for state in states):
-            found = largest_numbers(logits, self.vocab_size)
+            found = found or largest_numbers(logits, self.vocab_size)
             if found is not None:
                 return [self._take_largest(*row) for row in zip(*found, states, strict=True)]
         return self._choose(logits, states)

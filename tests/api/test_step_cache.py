@@ -14,7 +14,7 @@ import pytest
 import torch
 from models.adapters import make_adapter
 from models.target import FOLDER
-from models.zoo import ZOO, build
+from models.zoo import ZOO, build, cases
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers.models.llama.modeling_llama import LlamaAttention
@@ -111,12 +111,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-SLOW = ("mixtral", "bfloat16")
-
-
-@pytest.mark.parametrize(
-    "case", [pytest.param(case, marks=pytest.mark.slow) if case in SLOW else case for case in CASES]
-)
+@pytest.mark.parametrize("case", cases(CASES, "llama", "gemma2", "int8 cache", "batch invariant"))
 def test_a_second_process_compiles_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, options = CASES[case]
     folder = save(name, tmp_path / name)

@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 import pytest
 import torch
 import torch._dynamo.config
-from models.zoo import VOCABULARY, ZOO, build, decided_rows, margin_mismatches, without
+from models.zoo import VOCABULARY, ZOO, build, cases, decided_rows, margin_mismatches, without
 from torch import Tensor, nn
 from transformers import DynamicCache, PreTrainedModel, StaticCache
 from transformers.modeling_outputs import CausalLMOutputWithPast
@@ -21,18 +21,10 @@ from llmopt.backend import REPORT
 FLOAT_TOLERANCE = 2e-4
 # Largest distance at which two tokens count as tied in bfloat16, in standard deviations of the logits.
 BFLOAT_MARGIN = 0.15
-# Models that always run in bfloat16.
+# Which models run always: among the tests each kind has its turn, rope with grouped heads (llama), learned positions
+# (gpt2, opt), ALiBi with its own mask (bloom), windows with soft caps (gemma2), experts (mixtral, qwen3-moe).
+# Every model runs always in test_generate.
 LOW_PRECISION = ("llama", "gpt2", "mixtral")
-
-
-def zoo(*fast: str) -> list[Any]:
-    """The whole zoo as parameters, of which only `fast` run always: tracing takes the time here, at every graph.
-
-    Among the tests that use it each kind of model has its turn: rope with grouped heads (llama), learned positions
-    (gpt2, opt), ALiBi with its own mask (bloom), windows with soft caps (gemma2), experts (mixtral, qwen3-moe). Every
-    model runs always in test_generate.
-    """
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
 def compiled(model: PreTrainedModel, **options: Any) -> Any:
@@ -70,7 +62,7 @@ def no_recompilation() -> Iterator[None]:
         yield
 
 
-@pytest.mark.parametrize("name", zoo("llama", "gemma2"))
+@pytest.mark.parametrize("name", cases(ZOO, "llama", "gemma2"))
 @torch.no_grad()
 def test_four_graphs_serve_every_batch_and_length(name: str) -> None:
     model = build(name)
@@ -87,7 +79,7 @@ def test_four_graphs_serve_every_batch_and_length(name: str) -> None:
             assert_logits(forward(ids, use_cache=False).logits, model(ids, use_cache=False).logits)
 
 
-@pytest.mark.parametrize("name", zoo("gpt2", "gpt-neox", "opt", "phi3", "qwen3-moe"))
+@pytest.mark.parametrize("name", cases(ZOO, "gpt2", "gpt-neox", "opt", "phi3", "qwen3-moe"))
 @torch.no_grad()
 def test_logits_equal_eager(name: str) -> None:
     model = build(name)
@@ -120,7 +112,7 @@ def test_low_precision_logits_equal_eager(name: str, dtype: torch.dtype) -> None
     assert_compiled(1)
 
 
-@pytest.mark.parametrize("name", zoo("llama", "gpt2", "gemma2", "bloom"))
+@pytest.mark.parametrize("name", cases(ZOO, "llama", "gpt2", "gemma2", "bloom"))
 @torch.no_grad()
 def test_left_padding(name: str) -> None:
     model = build(name)
@@ -148,7 +140,7 @@ def static_cache(model: PreTrainedModel, batch: int, length: int = 48) -> Static
 
 
 # Bloom and GPT-2 count their past from the cache's Python state.
-@pytest.mark.parametrize("name", ["llama", "gemma2", pytest.param("qwen3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("name", cases(("llama", "gemma2", "qwen3"), "llama", "gemma2"))
 @torch.no_grad()
 def test_static_cache(name: str) -> None:
     """Prefill and decode write the same cache as eager does; decode steps do not recompile."""
@@ -176,9 +168,7 @@ def test_static_cache(name: str) -> None:
     assert_compiled()
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in ("bloom", "gpt-neox"))]
-)
+@pytest.mark.parametrize("name", cases(("llama", "gpt2", "bloom", "gpt-neox"), "llama", "gpt2"))
 @torch.no_grad()
 def test_dynamic_cache(name: str) -> None:
     model = build(name)

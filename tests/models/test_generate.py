@@ -9,10 +9,12 @@ from typing import Any
 import pytest
 import torch
 from models.zoo import (
+    ENTRIES,
     FEATURES,
     VOCABULARY,
     ZOO,
     build,
+    cases,
     decided_rows,
     eager_logits,
     greedy,
@@ -40,11 +42,6 @@ FLOAT_TOLERANCE = 2e-4
 # Largest distance at which two tokens count as tied in bfloat16 (8 bits of mantissa over a few layers), in standard
 # deviations of the logits.
 BFLOAT_MARGIN = 0.15
-
-
-def zoo(*fast: str) -> list[Any]:
-    """The whole zoo as parameters, of which only `fast` run always: compiling is what takes the time here."""
-    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in ZOO]
 
 
 @functools.cache
@@ -93,7 +90,7 @@ def test_greedy_tokens_equal_transformers(name: str) -> None:
     assert engine.report.graphs[0].fallbacks == []
 
 
-@pytest.mark.parametrize("name", zoo("llama", "gemma2"))
+@pytest.mark.parametrize("name", cases(ZOO, "llama", "gemma2"))
 def test_greedy_tokens_with_pages_of_16(name: str) -> None:
     engine, rows = engine_of(name, block_size=16), prompts(LENGTHS)
     steps = engine.program().num_steps
@@ -111,7 +108,7 @@ def test_logits_at_every_position(name: str, chunk: int) -> None:
         torch.testing.assert_close(logits, eager_logits(model, row), rtol=FLOAT_TOLERANCE, atol=FLOAT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", zoo("llama", "gemma2", "gpt2", "bloom", "mixtral"))
+@pytest.mark.parametrize("name", cases(ZOO, "llama", "gemma2", "gpt2", "bloom", "mixtral"))
 def test_bfloat16_chooses_eager_tokens(name: str) -> None:
     model, exact = build(name, torch.bfloat16), build(name)
     engine = engine_of(name, torch.bfloat16)
@@ -140,7 +137,9 @@ def test_a_removed_feature_changes_the_step_program(name: str, feature: str) -> 
     torch.testing.assert_close(logits, eager_logits(build(name), row), rtol=FLOAT_TOLERANCE, atol=FLOAT_TOLERANCE)
 
 
-@pytest.mark.parametrize("name", ["mistral", "gemma2", pytest.param("gemma3", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "name", cases((name for name, entry in ENTRIES.items() if "window" in entry.removals), "mistral", "gemma2")
+)
 def test_without_its_window_a_model_is_compiled_without_one(name: str) -> None:
     """The window comes from the graph, not from a setting that happens to be right."""
 

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from models.adapters import Folder, make_adapter, merged
-from models.zoo import build, eager_logits, greedy, prompts
+from models.zoo import build, cases, eager_logits, greedy, prompts
 from safetensors import safe_open
 from safetensors.torch import save_file
 
@@ -38,7 +38,7 @@ LAYERS: dict[str, tuple[tuple[str, ...], tuple[str, ...], tuple[str, ...]]] = {
     "gpt2": (("c_attn", "c_proj", "c_fc"), ("c_attn",), ("mlp.c_proj", "lm_head")),
     "mixtral": (("_proj",), ("o_proj",), ("q_proj", "v_proj")),
 }
-CASES = [name if name in ("llama", "gpt2") else pytest.param(name, marks=pytest.mark.slow) for name in LAYERS]
+CASES = cases(LAYERS, "llama", "gpt2")
 
 
 SETTINGS: dict[str, Any] = {"block_size": 4, "fallback": "error", "max_model_len": 128}

@@ -11,7 +11,7 @@ import pytest
 import torch
 from graphs.causal_models import TinyCausal
 from models.target import PROMPT, write_adapter, write_shallow
-from models.zoo import VOCABULARY, build, greedy, prompts
+from models.zoo import VOCABULARY, build, cases, greedy, prompts
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
@@ -24,7 +24,7 @@ NEW = 9
 GREEDY = SamplingParams(temperature=0.0, max_tokens=NEW, ignore_eos=True)
 # Sizes on both sides of a page of 4 and of a chunk of 24.
 LENGTHS = (1, 4, 5, 33)
-SLOW = ("qwen3", "gemma3", "opt", "bloom", "gpt-neox", "phi3", "qwen3-moe")
+NAMES = ("llama", "gemma2", "gpt2", "qwen3", "gemma3", "opt", "bloom", "gpt-neox", "phi3", "qwen3-moe")
 
 
 def embeddings(name: str, lengths: tuple[int, ...] = LENGTHS, seed: int = 0) -> list[Tensor]:
@@ -62,9 +62,7 @@ def llm_of(name: str) -> LLM:
     )
 
 
-@pytest.mark.parametrize(
-    "name", ["llama", "gemma2", "gpt2", *(pytest.param(name, marks=pytest.mark.slow) for name in SLOW)]
-)
+@pytest.mark.parametrize("name", cases(NAMES, "llama", "gemma2", "gpt2"))
 def test_beside_tokens_in_one_batch(name: str) -> None:
     """Gemma scales embeddings in its forward or in its embedding module, GPT-2 adds learned positions."""
     model, llm = build(name), llm_of(name)

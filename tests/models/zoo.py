@@ -9,10 +9,11 @@ weights): a test of that feature must fail on such a pair.
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import pytest
 import torch
 import transformers as hf
 from torch import Tensor, nn
@@ -375,6 +376,11 @@ def without(name: str, feature: str, dtype: torch.dtype = torch.float32) -> PreT
 
 
 ZOO: dict[str, Callable[[], PreTrainedModel]] = {name: functools.partial(build, name) for name in ENTRIES}
+
+
+def cases(names: Iterable[str], *fast: str) -> list[Any]:
+    """All names as parameters of a test, of which only `fast` run always: compiling takes the time, for every model."""
+    return [name if name in fast else pytest.param(name, marks=pytest.mark.slow) for name in names]
 
 
 def prompts(lengths: Sequence[int], seed: int = 0) -> list[list[int]]:
