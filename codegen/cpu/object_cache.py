@@ -16,11 +16,22 @@ import os
 import shutil
 import stat
 import tempfile
+import threading
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 _MAGIC = b"\0llmopt1"
+
+_lock = threading.RLock()  # held while a folder is looked at or made: several threads compile at once
+
+
+def _after_fork() -> None:
+    global _lock
+    _lock = threading.RLock()  # another thread of the parent may have held it
+
+
+os.register_at_fork(after_in_child=_after_fork)
 
 
 def _digest(content: bytes) -> bytes:
@@ -41,7 +52,9 @@ def configured_folder() -> Path:
 def cache_folder() -> Path:
     """The folder that objects are kept in: the configured one, else, with a warning, one of this process's own."""
     folder = configured_folder()
-    return folder if _usable(folder) else private_folder()
+    with _lock:  # `functools.cache` alone lets two threads look, and warn, at once
+        usable = _usable(folder)
+    return folder if usable else private_folder()
 
 
 @functools.cache
@@ -70,16 +83,17 @@ _private: dict[int, Path] = {}  # process id -> its temporary folder
 def private_folder() -> Path:
     """A temporary folder of this process, made when it is first needed and removed when the process ends."""
     process = os.getpid()
-    if process not in _private:
-        folder = Path(tempfile.mkdtemp(prefix="llmopt-"))
+    with _lock:
+        if process not in _private:
+            folder = Path(tempfile.mkdtemp(prefix="llmopt-"))
 
-        def remove() -> None:
-            if os.getpid() == process:  # a forked child leaves its parent's alone
-                shutil.rmtree(folder, ignore_errors=True)
+            def remove() -> None:
+                if os.getpid() == process:  # a forked child leaves its parent's alone
+                    shutil.rmtree(folder, ignore_errors=True)
 
-        atexit.register(remove)
-        _private[process] = folder
-    return _private[process]
+            atexit.register(remove)
+            _private[process] = folder
+        return _private[process]
 
 
 def find(name: str) -> Path | None:

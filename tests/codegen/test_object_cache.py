@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import errno
 import logging
 import multiprocessing
 import os
 import shutil
 import stat
+import threading
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -178,6 +181,23 @@ def test_an_unusable_folder(
     assert library.parent == object_cache.private_folder()
     assert [record for record in caplog.records if "unusable" in record.message] == caplog.records
     assert len(caplog.records) == 1  # once, not for every object
+
+
+def test_threads_that_find_an_unusable_folder_at_once(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    together = threading.Barrier(2)
+
+    def getuid() -> int:
+        with contextlib.suppress(threading.BrokenBarrierError):  # broken: nobody else looks meanwhile
+            together.wait(0.5)
+        return 12345
+
+    monkeypatch.setattr(os, "getuid", getuid)
+    with caplog.at_level(logging.WARNING), ThreadPoolExecutor(2) as pool:
+        folders = set(pool.map(lambda _: object_cache.cache_folder(), range(2)))
+    assert folders == {object_cache.private_folder()}
+    assert len(caplog.records) == 1
 
 
 def _write(start: multiprocessing.synchronize.Barrier) -> str:
