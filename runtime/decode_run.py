@@ -72,7 +72,10 @@ class DecodeRun:
         return tuple(Chunk(request, self._positions[row], 1, True) for row, request in enumerate(self.requests))
 
     def commit(self, tokens: Sequence[int]) -> list[Request]:
-        """Takes the token that a step chose for each request, and readies the next batch; as `Scheduler.commit`."""
+        """Takes and publishes the token that a step chose for each request, and readies the next batch.
+
+        Gives the requests that were still running.
+        """
         advance, size, ids, positions, lengths, every = self._work
         changed = []
         # An interrupt leaves each request at one of the two steps, but the batch between them.
@@ -82,6 +85,7 @@ class DecodeRun:
                 continue
             start = positions[row] + 1
             advance(request, start, token)
+            request.publish()
             changed.append(request)
             ids[row] = token
             positions[row] = start

@@ -234,7 +234,7 @@ class EngineCore:
             if request is None or (request is not which and not isinstance(which, str)):
                 return False
             self.scheduler.abort(name)
-            _publish([request])
+            request.publish()
         return True
 
     def fail_all(self, error: Exception) -> None:
@@ -242,7 +242,7 @@ class EngineCore:
         with self._lock:
             for request in list(self.scheduler.requests.values()):
                 self.scheduler.fail(request, error)
-                _publish([request])
+                request.publish()
 
     @property
     def has_unfinished(self) -> bool:
@@ -339,10 +339,10 @@ class EngineCore:
             return self._commit(work.chunks, self._choose(work.chunks, logits))
         largest = self._largest(logits) if work.is_plain else None
         if largest is not None and math.isfinite(sum(largest[0])):
-            return _publish(work.commit(largest[1]))
+            return work.commit(largest[1])
         results = self._choose(work.chunks, logits)
         if all(type(result) is int for result in results):
-            return _publish(work.commit(cast(list[int], results)))
+            return work.commit(cast(list[int], results))
         return self._commit(work.chunks, results)
 
     def _settle_alone(self, chunks: Sequence[Chunk], error: Exception) -> list[Request]:
@@ -356,7 +356,10 @@ class EngineCore:
 
     def _commit(self, chunks: Sequence[Chunk], results: Sequence[int | Exception | None]) -> list[Request]:
         self._run = None  # its batch stays behind
-        return _publish(self.scheduler.commit(StepPlan(tuple(chunks), self.scheduler.pages.moves), results))
+        changed = self.scheduler.commit(StepPlan(tuple(chunks), self.scheduler.pages.moves), results)
+        for request in changed:
+            request.publish()
+        return changed
 
     def _load_adapters(self, chunks: Sequence[Chunk]) -> None:
         """Brings the weights of the requests' adapters into their slots; no step runs meanwhile."""
@@ -446,15 +449,6 @@ class EngineCore:
 
     def _new_id(self) -> str:
         return next(name for name in self._ids if name not in self.scheduler.requests)
-
-
-def _publish(requests: list[Request]) -> list[Request]:
-    """Lets others see what the requests, which it gives back, have now."""
-    for request in requests:
-        request.published = len(request.tokens), request.finish_reason is not None
-        if request.outbox is not None:
-            request.outbox.append(request)
-    return requests
 
 
 def _failure(error: Exception) -> RequestError:

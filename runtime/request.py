@@ -128,6 +128,12 @@ class Request:
         """How many tokens have been generated."""
         return len(self.tokens) - self.num_prompt
 
+    def publish(self) -> None:
+        """Lets others see what it has now."""
+        self.published = len(self.tokens), self.finish_reason is not None
+        if self.outbox is not None:
+            self.outbox.append(self)
+
     @property
     def rank(self) -> tuple[int, int]:
         """Requests of lower rank go first."""

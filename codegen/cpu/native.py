@@ -74,7 +74,14 @@ class _Plan(ctypes.Structure):
         ("num_ints", ctypes.c_int64),
         ("num_calls", ctypes.c_int64),
         *((name, ctypes.c_void_p) for name in ("code", "starts", "tensors", "ints", "floats", "calls")),
-        *((name, ctypes.c_void_p) for name in ("values", "addresses", "int_args", "seconds")),
+        *((name, ctypes.c_void_p) for name in ("values", "addresses", "int_args", "seconds", "scratch")),
+    )
+
+
+class _Run(ctypes.Structure):
+    _fields_ = (
+        *((name, ctypes.c_void_p) for name in ("plan", "bases", "symbols", "parallel", "num_threads")),
+        ("threads", ctypes.c_int64),
     )
 
 
@@ -132,7 +139,7 @@ class NativePlan:
         self.entries = [call.entry for call in calls]
         self.labels = [call.label or call.entry for call in calls]
         self._lock = threading.Lock()
-        self._scratch, self._scratch_address, self._most_threads = np.empty(0, np.uint8), 0, 0
+        self._scratch, self._most_threads = np.empty(0, np.uint8), 0
 
         expressions: dict[tuple[int, ...], int] = {}
         number = lambda code: expressions.setdefault(tuple(code), len(expressions))  # noqa: E731
@@ -165,11 +172,9 @@ class NativePlan:
         self._plan = _Plan(len(expressions), len(tensors), len(ints), len(calls))
         for name, values in self._arrays.items():
             setattr(self._plan, name, values.ctypes.data)
-        self._address = ctypes.addressof(self._plan)
-        self._openmp = _openmp()
         self._entry = self._library.llmopt_run
         self._entry.restype = ctypes.c_int64
-        self._entry.argtypes = [ctypes.c_void_p] * 4 + [ctypes.c_int] + [ctypes.c_void_p] * 2
+        self._entry.argtypes = [ctypes.c_void_p]
 
     def profile(self, on: bool) -> None:
         """Adds up the time of each call in `seconds` from now on, or stops doing so."""
@@ -190,16 +195,17 @@ class NativePlan:
 
         For what runs again and again: a call of it touches little memory, which a step has put out of the caches.
         """
-        base_address, symbol_address = bases.ctypes.data, symbols.ctypes.data
+        given = _Run(ctypes.addressof(self._plan), bases.ctypes.data, symbols.ctypes.data, *_openmp(), 0)
+        address, known = ctypes.addressof(given), 0  # what `given` says of threads: to ask it would cost more
 
         def run(threads: int | None, _kept: Any = (bases, symbols)) -> None:
+            nonlocal known
             with self._lock:
                 team = team_size(threads)
-                if team > self._most_threads:
+                if team != known:
                     self._make_scratch(team)
-                status = self._entry(
-                    self._address, base_address, symbol_address, self._scratch_address, team, *self._openmp
-                )
+                    given.threads = known = team
+                status = self._entry(address)
                 if status:
                     raise self._failure(status)
 
@@ -215,26 +221,26 @@ class NativePlan:
         """As `run`, but one foreign call for each kernel call, inside `span(label)`."""
         row = self._arrays["calls"].itemsize * _CALL_WORDS
         base_array, symbol_array = np.ascontiguousarray(bases, np.int64), np.ascontiguousarray(symbols, np.int64)
-        addresses = base_array.ctypes.data, symbol_array.ctypes.data
+        team = team_size(threads)
         with self._lock:
+            self._make_scratch(team)
             for number, label in enumerate(self.labels):
                 part = _Plan.from_buffer_copy(self._plan)
                 part.num_calls = 1
                 part.calls += number * row
                 if part.seconds:
                     part.seconds += number * self.seconds.strides[0]
-                team = team_size(threads)
-                if team > self._most_threads:
-                    self._make_scratch(team)
+                given = _Run(ctypes.addressof(part), base_array.ctypes.data, symbol_array.ctypes.data, *_openmp(), team)
                 with span(label):
-                    status = self._entry(ctypes.addressof(part), *addresses, self._scratch_address, team, *self._openmp)
+                    status = self._entry(ctypes.addressof(given))
                 if status:
                     raise self._failure(status, number)
 
     def _make_scratch(self, threads: int) -> None:
-        self._scratch = np.empty(SCRATCH_BYTES * threads + 64, np.uint8)
-        self._scratch_address = self._scratch.ctypes.data + 63 & ~63
-        self._most_threads = threads
+        if threads > self._most_threads:
+            self._scratch = np.empty(SCRATCH_BYTES * threads + 64, np.uint8)
+            self._plan.scratch = self._scratch.ctypes.data + 63 & ~63
+            self._most_threads = threads
 
     def _failure(self, status: int, first: int = 0) -> KernelError:
         """The error of a run that gave a status other than 0; `first` is the number of its first call."""

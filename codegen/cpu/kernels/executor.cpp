@@ -76,6 +76,19 @@ struct Plan {
   void** addresses;        // [num_tensors]
   std::int64_t* int_args;  // [num_ints]
   double* seconds;         // [num_calls] time of each call as worker 0 saw it, or null
+  char* scratch;           // kScratchBytes for each thread
+};
+
+// What a run is given, in one place: the caller passes its address, and changes what differs from run to run.
+struct Run {
+  const Plan* plan;
+  char* const* bases;
+  const std::int64_t* symbols;
+  // GOMP_parallel and omp_get_num_threads of the OpenMP runtime that is already in the process, so that no second pool
+  // of threads competes with it.
+  void (*parallel)(void (*)(void*), void*, unsigned, unsigned);
+  int (*num_threads)();
+  std::int64_t threads;
 };
 
 struct Team {
@@ -122,28 +135,26 @@ static void work(void* raw) {
 
 }  // namespace llmopt
 
-// `parallel` and `num_threads` are GOMP_parallel and omp_get_num_threads of the OpenMP runtime that is already in the
-// process, so that no second pool of threads competes with it; `scratch` holds kScratchBytes for each of `threads`. Returns 0, or failure + 256 * call.
-extern "C" __attribute__((visibility("default"))) std::int64_t llmopt_run(
-    const llmopt::Plan* plan, char* const* bases, const std::int64_t* symbols, char* scratch, int threads,
-    void (*parallel)(void (*)(void*), void*, unsigned, unsigned), int (*num_threads)()) {
+// Returns 0, or failure + 256 * call.
+extern "C" __attribute__((visibility("default"))) std::int64_t llmopt_run(const llmopt::Run* run) {
   using namespace llmopt;
+  const Plan* plan = run->plan;
   for (std::int64_t i = 0; i < plan->num_expressions; ++i)
-    plan->values[i] = evaluate(plan->code + plan->starts[i], symbols);
+    plan->values[i] = evaluate(plan->code + plan->starts[i], run->symbols);
   for (std::int64_t i = 0; i < plan->num_tensors; ++i) {
     const TensorRef& ref = plan->tensors[i];
-    plan->addresses[i] = ref.base < 0 ? nullptr : bases[ref.base] + plan->values[ref.offset];
+    plan->addresses[i] = ref.base < 0 ? nullptr : run->bases[ref.base] + plan->values[ref.offset];
   }
   for (std::int64_t i = 0; i < plan->num_ints; ++i) plan->int_args[i] = plan->values[plan->ints[i]];
 
   Team team;
   team.plan = plan;
-  team.scratch = scratch;
-  team.num_threads = threads > 1 ? num_threads : nullptr;
-  if (threads == 1) {
+  team.scratch = plan->scratch;
+  team.num_threads = run->threads > 1 ? run->num_threads : nullptr;
+  if (run->threads == 1) {
     work(&team);
   } else {
-    parallel(work, &team, static_cast<unsigned>(threads), 0);
+    run->parallel(work, &team, static_cast<unsigned>(run->threads), 0);
   }
   const int failure = team.failure.load();
   return failure == kOk ? 0 : failure + 256 * static_cast<std::int64_t>(team.failed_call.load());
