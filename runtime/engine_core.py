@@ -33,7 +33,7 @@ from llmopt.runtime.sampling import (
     token_logprobs,
 )
 from llmopt.runtime.scheduler import Chunk, Scheduler, SchedulerConfig, StepPlan
-from llmopt.runtime.step_program import StepBatch, StepProgram
+from llmopt.runtime.step_program import StepProgram
 
 MAX_SALT_LENGTH = 256
 
@@ -93,8 +93,8 @@ class EngineCore:
         device = program.executable.device
         self._worker = Worker(device) if overlaps(options, device) else None
         self._flight: Flight | None = None
-        # What the latest step was of, if it was of nothing but decodes.
-        self._run: DecodeRun | None = None
+        # The latest step's run, if it was of nothing but decodes, and the flight that takes its steps.
+        self._run: tuple[DecodeRun, Flight] | None = None
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -297,15 +297,16 @@ class EngineCore:
                 self._flight = self._launch()
                 self.scheduler.prepare()
                 if self._run is not None:
-                    self._run.prepare()
+                    self._run[0].prepare()
             return changed
 
     def _launch(self) -> Flight | None:
         """Plans the next step and begins it; None when there is nothing to do."""
-        run = self._run
-        if run is not None and run.goes_on:
-            return self._begin(run, run.batch)
-        self._run = None
+        if self._run is not None:
+            run, flight = self._run
+            if run.goes_on:
+                return flight.begin(self.scheduler.num_left)
+            self._run = None
         plan = self.scheduler.plan()
         if not plan.chunks:
             return None
@@ -316,14 +317,15 @@ class EngineCore:
         # Built here: what happens to requests while the step runs must not reach it.
         batch = self._builder.build(plan.chunks)
         given = batch if self._embeds is None else with_prompt_embeds(batch, plan.chunks)
-        if self.scheduler.decoding and given is batch:
-            self._run = self._builder.decode_run(self.scheduler, batch)
-        return self._begin(self._run or plan, given)
-
-    def _begin(self, work: StepPlan | DecodeRun, batch: StepBatch) -> Flight:
         # Tokens are chosen from the logits before the next step, so these may be lent.
-        forward = functools.partial(self.program, batch, self.cache, lend=True)
-        return Flight(work, forward, self._worker, self.scheduler.num_left)
+        forward = functools.partial(self.program, given, self.cache, lend=True)
+        if self.scheduler.decoding and given is batch:
+            run = self._builder.decode_run(self.scheduler, batch)
+            flight = Flight(run, forward, self._worker)
+            self._run = run, flight
+        else:
+            flight = Flight(plan, forward, self._worker)
+        return flight.begin(self.scheduler.num_left)
 
     def _settle(self, flight: Flight) -> list[Request]:
         """Chooses tokens from the logits of a step, and takes them to its requests."""

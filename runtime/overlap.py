@@ -46,22 +46,28 @@ class Worker:
 
 
 class Flight:
-    """A step that has begun: in the worker, or without one in the call of `logits`.
+    """A step on its way: in the worker, or without one in the call of `logits`. Those of a run are one after the other.
 
     Args:
         work: what it computes, the chunks of a plan or a run.
         run: computes the logits.
         worker: where.
-        num_left: the scheduler's count of requests that stopped running, when the step was planned.
+
+    num_left: the scheduler's count of requests that stopped running, when the step was planned.
     """
 
-    __slots__ = ("_future", "_run", "num_left", "work")
+    __slots__ = ("_future", "_run", "_worker", "num_left", "work")
 
-    def __init__(
-        self, work: StepPlan | DecodeRun, run: Callable[[], torch.Tensor], worker: Worker | None, num_left: int
-    ) -> None:
-        self.work, self._run, self.num_left = work, run, num_left
-        self._future = worker.submit(run) if worker is not None else None
+    def __init__(self, work: StepPlan | DecodeRun, run: Callable[[], torch.Tensor], worker: Worker | None) -> None:
+        self.work, self._run, self._worker, self.num_left = work, run, worker, 0
+        self._future: Future[torch.Tensor] | None = None
+
+    def begin(self, num_left: int) -> Flight:
+        """Begins the step, or the next of its run; gives itself."""
+        self.num_left = num_left
+        if self._worker is not None:
+            self._future = self._worker.submit(self._run)
+        return self
 
     def wait(self) -> None:
         """Returns once the step is over, however it ended."""
