@@ -375,7 +375,7 @@ def test_an_interrupt_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatc
     requests = [core.add_request(row, GREEDY) for row in rows]
     core.step()
     with monkeypatch.context() as patch:
-        patch.setattr(core, "program", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(StepProgram, "__call__", lambda *_, **__: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             core.step()
     finish(core)

@@ -129,7 +129,7 @@ def test_a_step_finds_the_largest_logits() -> None:
 
 
 @pytest.mark.parametrize("prompt_embeds", [False, True])
-def test_a_steady_decode_step_of_an_engine(prompt_embeds: bool) -> None:
+def test_a_steady_decode_step_of_an_engine(prompt_embeds: bool, monkeypatch: pytest.MonkeyPatch) -> None:
     """Nothing but the kernels runs in PyTorch, and Python does little for each request."""
     options = Options.make({"max_num_seqs": 8, "enable_prompt_embeds": prompt_embeds})
     core = ModelEngine(build("llama"), options, Report()).core()
@@ -145,13 +145,13 @@ def test_a_steady_decode_step_of_an_engine(prompt_embeds: bool) -> None:
         nonlocal calls
         calls += event in ("call", "c_call")
 
-    program = core.program
+    run = StepProgram.__call__
 
-    def watched(batch: StepBatch, cache: KVCache, *, lend: bool) -> torch.Tensor:
+    def watched(program: StepProgram, batch: StepBatch, cache: KVCache, *, lend: bool) -> torch.Tensor:
         batches.append(batch)
-        return program(batch, cache, lend=lend)
+        return run(program, batch, cache, lend=lend)
 
-    core.program = watched  # type: ignore[assignment]
+    monkeypatch.setattr(StepProgram, "__call__", watched)
     with _Ops() as ops:
         for _ in range(20):
             sys.setprofile(count)
