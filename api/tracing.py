@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import types
+import uuid
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -43,8 +44,9 @@ def trace_forward(forward: Forward, length: int, device: torch.device | str = "c
     def template(ids: torch.Tensor) -> torch.Tensor:
         return forward(ids)
 
-    # A code object of its own: Dynamo counts recompilations by code object, and other models have passed here.
-    code = template.__code__.replace(co_name=f"forward_{id(forward):x}")
+    # A code object of its own, and a name that no other ever had: Dynamo counts recompilations by the one, and by the
+    # other it remembers which numbers differ from call to call, to make them arguments. Other models have passed here.
+    code = template.__code__.replace(co_name=f"forward_{uuid.uuid4().hex}")
     fresh = types.FunctionType(code, template.__globals__, "forward", None, template.__closure__)
     ids = torch.zeros((1, max(2, length)), dtype=torch.int64, device=device)
     torch._dynamo.mark_dynamic(ids, 1)
