@@ -203,7 +203,7 @@ class NativePlan:
             with self._lock:
                 team = team_size(threads)
                 if team != known:
-                    self._make_scratch(team)
+                    self._ensure_scratch(team)
                     given.threads = known = team
                 status = self._entry(address)
                 if status:
@@ -223,7 +223,7 @@ class NativePlan:
         base_array, symbol_array = np.ascontiguousarray(bases, np.int64), np.ascontiguousarray(symbols, np.int64)
         team = team_size(threads)
         with self._lock:
-            self._make_scratch(team)
+            self._ensure_scratch(team)
             for number, label in enumerate(self.labels):
                 part = _Plan.from_buffer_copy(self._plan)
                 part.num_calls = 1
@@ -236,7 +236,7 @@ class NativePlan:
                 if status:
                     raise self._failure(status, number)
 
-    def _make_scratch(self, threads: int) -> None:
+    def _ensure_scratch(self, threads: int) -> None:
         if threads > self._most_threads:
             self._scratch = np.empty(SCRATCH_BYTES * threads + 64, np.uint8)
             self._plan.scratch = self._scratch.ctypes.data + 63 & ~63

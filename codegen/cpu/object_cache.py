@@ -23,12 +23,12 @@ log = logging.getLogger(__name__)
 
 _MAGIC = b"\0llmopt1"
 
-_lock = threading.RLock()  # held while a folder is looked at or made: several threads compile at once
+_lock = threading.Lock()  # held while a folder is looked at or made: several threads compile at once
 
 
 def _after_fork() -> None:
     global _lock
-    _lock = threading.RLock()  # another thread of the parent may have held it
+    _lock = threading.Lock()  # another thread of the parent may have held it
 
 
 os.register_at_fork(after_in_child=_after_fork)

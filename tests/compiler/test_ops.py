@@ -64,12 +64,10 @@ def test_kernel_against_reference(name: str, dtype: torch.dtype) -> None:
             assert torch.equal(result, want)
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("name", [name for name in NAMES if name != "constant"])  # its argument is its result
 def test_the_comparison_would_notice_a_wrong_kernel(name: str) -> None:
     """Samples are random enough that other data gives another result, far outside the tolerance."""
     spec = OPS[name]
-    if name == "constant":
-        pytest.skip("its argument is its result")
     results = []
     for seed in (1, 2):
         result = spec.reference(*next(samples(spec, torch.bfloat16, seed)))

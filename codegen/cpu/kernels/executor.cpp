@@ -93,7 +93,6 @@ struct Run {
 
 struct Team {
   const Plan* plan;
-  char* scratch;
   int (*num_threads)();  // how many the OpenMP runtime really gave, or null for one
   Barrier barrier;
   std::atomic<int> failure{kOk};
@@ -112,7 +111,7 @@ static void work(void* raw) {
   const Plan& plan = *team.plan;
   const int index = team.next_index.fetch_add(1);
   const int count = team.num_threads ? team.num_threads() : 1;
-  const Worker worker{index, count, team.scratch + kScratchBytes * static_cast<std::size_t>(index), &team.barrier,
+  const Worker worker{index, count, plan.scratch + kScratchBytes * static_cast<std::size_t>(index), &team.barrier,
                       &team.failure};
   const bool timed = plan.seconds && index == 0;
   double before = timed ? now() : 0.0;
@@ -149,7 +148,6 @@ extern "C" __attribute__((visibility("default"))) std::int64_t llmopt_run(const 
 
   Team team;
   team.plan = plan;
-  team.scratch = plan->scratch;
   team.num_threads = run->threads > 1 ? run->num_threads : nullptr;
   if (run->threads == 1) {
     work(&team);
