@@ -14,6 +14,7 @@ import torch
 # a float32 model, too.
 BACKENDS: dict[str, dict[str, Any] | None] = {
     "eager": None,
+    "dynamo": {"backend": "eager"},  # captures and compiles nothing: what every backend has of the capture
     "inductor": {"backend": "inductor"},
     "inductor-max-autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
     "openvino": {
@@ -22,7 +23,7 @@ BACKENDS: dict[str, dict[str, Any] | None] = {
     },
     "llmopt": {"backend": "llmopt"},
 }
-_MODULES = {"openvino": "openvino.torch", "llmopt": "llmopt.backend"}
+_MODULES = {"dynamo": "torch._dynamo.backends.debugging", "openvino": "openvino.torch", "llmopt": "llmopt.backend"}
 
 
 def import_backend(name: str) -> None:
@@ -56,6 +57,15 @@ def _refuse_openvino_fallbacks() -> None:
             logger.addHandler(_Raise())
 
 
+def _refuse_dynamo_fallbacks() -> None:
+    """Models of transformers share the code that is captured, and beyond a number of captures of one code Dynamo runs
+    it as it is, with no more than a warning."""
+    from torch._dynamo import config
+
+    config.recompile_limit = 64
+    config.fail_on_recompile_limit_hit = True
+
+
 def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
     """The model's forward as a peer of `BACKENDS` runs it, with static shapes: the best case for Inductor.
 
@@ -69,6 +79,7 @@ def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
     def forward(**inputs: Any) -> Any:
         if not compiled:
             import_backend(name)
+            _refuse_dynamo_fallbacks()
             if name == "openvino":
                 arguments["options"]["config"]["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
             compiled.append(torch.compile(model.forward, dynamic=False, **arguments))

@@ -9,9 +9,9 @@ in each round once with empty caches and once more with what that left in them, 
 (`first_call.py`), peers in turns. Medians are reported, and what the first call is made of: Dynamo's tracing, which is
 everybody's; the forward itself (as long as a later call takes); and the rest, which is the compiler's own. `bert` and
 `vit` (BERT-base, 128 tokens; ViT-base, 224 x 224) measure samples per second at each batch size in interleaved rounds.
-Every part has each peer's peak memory at batch 1 as well, eager PyTorch's beside it. Weights are random and shared;
-sizes are static for everybody, which is what suits Inductor best. A part's result replaces the one in `--out`; the plot
-beside it shows all parts that are there.
+Every part has each peer's peak memory as well, eager PyTorch's beside it (`peak_memory.py`). Weights are random and
+shared; sizes are static for everybody, which is what suits Inductor best. A part's result replaces the one in `--out`;
+the plot beside it shows all parts that are there.
 
 OpenVINO's backend needs `pip install openvino`; it is no dependency. A peer that is not installed, does not work or
 hands the model to something else is listed with the reason. It takes no bfloat16; `--parts llama-float32` is for it.
@@ -25,7 +25,8 @@ import statistics
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +40,7 @@ from rich.markup import escape
 from rich.table import Table
 
 PARTS = ("llama-bfloat16", "bert-float32", "bert-bfloat16", "vit-float32", "vit-bfloat16")
+PEERS = [name for name in BACKENDS if name != "dynamo"]
 STATES = ("cold", "warm")
 # What a first call is made of, in the order of the table; they add up to `first_call_s`.
 SHARES = {"dynamo_s": "Dynamo", "later_call_s": "the forward", "compiler_s": "compiler's own"}
@@ -74,32 +76,33 @@ def measure_throughput(part: str, options: argparse.Namespace) -> dict[str, Any]
     )
     peers = [name for name in options.peers if name != "llmopt"]
     print_table(result, [f"batch {b}" for b in options.batches], part, peers, unit="samples")
-    return {**result.to_json(), "peak_bytes": measure_memory(part, options, options.peers)}
+    return {**result.to_json(), "memory": measure_memory(part, options, options.batches)}
 
 
-def measure_memory(part: str, options: argparse.Namespace, peers: Sequence[str]) -> dict[str, float]:
-    """`_peak_bytes` of each peer that works, in a process that finds its caches filled."""
-    found = {}
+def measure_memory(part: str, options: argparse.Namespace, batches: Sequence[int]) -> dict[str, Any]:
+    """What `peak_memory.py` finds for each batch size and each peer that works, with caches filled before.
+
+    Eager PyTorch and a capture that compiles nothing are always among them, to compare with.
+    """
+    found: dict[str, dict[str, Any]] = {f"batch {batch}": {} for batch in batches}
     with tempfile.TemporaryDirectory(prefix="compile-cpu-") as folder:
-        for peer in peers:
+        for batch, peer in product(batches, dict.fromkeys(["eager", "dynamo", *options.peers])):
             for _ in STATES if BACKENDS[peer] is not None else STATES[:1]:
-                sample = first_call(part, peer, Path(folder) / peer, options)
+                sample = child("peak_memory.py", part, peer, Path(folder) / peer, options, "--batch", str(batch))
             if "error" not in sample:
-                found[peer] = _peak_bytes(sample)
-    print(f"{part}, peak memory: " + ", ".join(f"{peer} {size / 2**20:.0f} MiB" for peer, size in found.items()))
+                found[f"batch {batch}"][peer] = sample
+    for phase, peers in found.items():
+        sizes = ", ".join(f"{peer} {sample['peak_bytes'] / 2**20:.0f} MiB" for peer, sample in peers.items())
+        print(f"{part}, {phase}, peak memory: {sizes}")
     return found
 
 
-def _peak_bytes(sample: Mapping[str, float]) -> float:
-    """Resident bytes at most during calls that compile nothing, less what the process had before the model was made:
-    weights that stay alive, what was made of them, temporaries, and the compiler's modules."""
-    return sample["peak_bytes"] - sample["start_bytes"]
-
-
-def first_call(part: str, peer: str, caches: Path, options: argparse.Namespace) -> dict[str, Any]:
+def child(
+    script: str, part: str, peer: str, caches: Path, options: argparse.Namespace, *arguments: str
+) -> dict[str, Any]:
     """What one process measured, or `{"error": ...}`."""
     kind, _, dtype = part.partition("-")
-    command = [sys.executable, str(Path(__file__).with_name("first_call.py")), kind, dtype, peer, str(caches)]
+    command = [sys.executable, str(Path(__file__).with_name(script)), kind, dtype, peer, str(caches), *arguments]
     command += ["--threads", str(options.threads)]
     command += ["--layers", str(options.layers)] if options.layers else []
     command += ["--tokens", str(options.tokens)] if options.tokens else []
@@ -122,17 +125,14 @@ def measure_first_call(part: str, options: argparse.Namespace) -> dict[str, Any]
             for state in STATES:
                 bandwidth.append(max(probe.read_gb_s() for _ in range(5)))
                 for peer in peers:
-                    samples[peer][state].append(first_call(part, peer, Path(folder) / peer, options))
+                    samples[peer][state].append(child("first_call.py", part, peer, Path(folder) / peer, options))
     medians = {peer: {state: median(found) for state, found in states.items()} for peer, states in samples.items()}
     result = {
         "conditions": setting,
         "read_gb_s": {"samples": bandwidth},
         "first_call_median": medians,
         "first_call": samples,
-        "peak_bytes": {
-            **measure_memory(part, options, [peer for peer in options.peers if peer not in peers]),
-            **{peer: _peak_bytes(found["warm"]) for peer, found in medians.items() if found["warm"]},
-        },
+        "memory": measure_memory(part, options, [1]),
     }
     print_first_call(part, result)
     return result
@@ -147,7 +147,7 @@ def median(samples: Sequence[dict[str, Any]]) -> dict[str, float] | None:
 def print_first_call(part: str, result: dict[str, Any]) -> None:
     rounds = max(len(samples) for states in result["first_call"].values() for samples in states.values())
     table = Table(title=f"{part}: first call, seconds, medians of {rounds}")
-    columns = ("", "first call", *SHARES.values(), "to Inductor's", "own to\nInductor's", "imports", "peak memory")
+    columns = ("", "first call", *SHARES.values(), "to Inductor's", "own to\nInductor's", "imports")
     for column in columns:
         table.add_column(column, justify="right" if column else "left")
     console = Console()
@@ -162,8 +162,7 @@ def print_first_call(part: str, result: dict[str, Any]) -> None:
                 continue
             ratios = [f"{found[key] / base[key]:.2f}" if base else "-" for key in ("first_call_s", "compiler_s")]
             times = [f"{found[key]:.2f}" for key in ("first_call_s", *SHARES)]
-            memory = f"{found['peak_bytes'] / 2**30:.2f} GiB"
-            table.add_row(f"{peer}, {state}", *times, *ratios, f"{found['import_s']:.2f}", memory)
+            table.add_row(f"{peer}, {state}", *times, *ratios, f"{found['import_s']:.2f}")
     console.print(table)
     console.print(", ".join(f"{key} {value}" for key, value in result["conditions"].items()))
 
@@ -228,7 +227,7 @@ def _first_calls(axes: Any, parts: dict[str, Any]) -> None:
 def parse(arguments: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--parts", nargs="+", choices=(*PARTS, "llama-float32"), default=list(PARTS))
-    parser.add_argument("--peers", nargs="+", choices=list(BACKENDS), default=list(BACKENDS))
+    parser.add_argument("--peers", nargs="+", choices=list(BACKENDS), default=PEERS)
     parser.add_argument("--batches", type=int, nargs="+", default=[1, 8])
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--first-call-rounds", type=int, default=3, help="processes a peer and state")
@@ -245,6 +244,7 @@ def main() -> None:
     out = None if options.out is None else options.out if options.out.is_absolute() else ROOT / options.out
     parts: dict[str, Any] = json.loads(out.read_text("utf-8")) if out is not None and out.exists() else {}
     for part in options.parts:
+        torch.compiler.reset()  # nothing of the parts before
         measured = MODELS[part.partition("-")[0]].measures
         parts[part] = (measure_first_call if measured == "first call" else measure_throughput)(part, options)
         if out is not None:

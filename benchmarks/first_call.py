@@ -5,9 +5,6 @@ usage: python benchmarks/first_call.py MODEL DTYPE PEER CACHE_FOLDER [--threads 
 `first_call_s` runs from `torch.compile` to the first result. Of it, `import_s` is spent on loading the compiler's own
 modules, `dynamo_s` on Dynamo's tracing and guards, outside of the backend. A call that compiles nothing takes
 `later_call_s`. What is left of the first, `compiler_s`, is the compiler's own, its modules included.
-
-`peak_bytes` is the process's greatest resident size during later calls, `first_peak_bytes` during the first,
-`start_bytes` its size before the model was made.
 """
 
 from __future__ import annotations
@@ -20,14 +17,6 @@ import time
 from pathlib import Path
 
 LATER_CALLS = 3
-
-
-def _status(key: str) -> int:
-    """Bytes of an entry of /proc/self/status."""
-    for line in Path("/proc/self/status").read_text("utf-8").splitlines():
-        if line.startswith(key + ":"):
-            return int(line.split()[1]) * 1024
-    raise RuntimeError(f"/proc/self/status has no {key}")
 
 
 def main() -> None:
@@ -48,10 +37,8 @@ def main() -> None:
     from compile_models import build, inputs, reset
 
     torch.set_num_threads(options.threads)
-    start_bytes = _status("VmRSS")
     model = build(options.model, options.dtype, options.layers)
     arguments = inputs(model, 1, options.tokens)
-    parameter_bytes = sum(p.numel() * p.element_size() for p in model.parameters())
 
     with torch.no_grad():
         begin = time.perf_counter()
@@ -60,8 +47,6 @@ def main() -> None:
         forward = compiled_forward(model, options.peer)
         forward(**arguments)
         first_call_s = time.perf_counter() - begin
-        first_peak_bytes = _status("VmHWM")
-        Path("/proc/self/clear_refs").write_text("5", "ascii")  # the high-water mark starts anew
         later = []
         for _ in range(LATER_CALLS):
             reset(arguments)
@@ -83,10 +68,6 @@ def main() -> None:
                 "dynamo_s": dynamo_s,
                 "later_call_s": later_call_s,
                 "compiler_s": first_call_s - dynamo_s - later_call_s,
-                "peak_bytes": _status("VmHWM"),
-                "first_peak_bytes": first_peak_bytes,
-                "start_bytes": start_bytes,
-                "parameter_bytes": parameter_bytes,
             }
         )
     )

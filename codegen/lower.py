@@ -229,12 +229,13 @@ class _Lowering:
         last: dict[Any, int] = {}
         sizes: dict[Any, sympy.Expr] = {}
         kinds: dict[Any, str] = {}
+        place = {node: index for index, node in enumerate(self.graph.nodes)}
         for step, unit in enumerate(units):
             for node in unit.reads | unit.writes:
                 if node not in self.value_of:
                     first.setdefault(node, step)
                     last[node] = step
-            for node in unit.writes:
+            for node in sorted(unit.writes, key=place.__getitem__):  # the same program from the same graph
                 if node not in self.value_of:
                     kinds[node] = "runtime" if unit.reason else "output" if node in outside else "arena"
             for call in unit.calls:

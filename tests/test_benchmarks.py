@@ -18,6 +18,7 @@ from harness import Contestant, Result, conditions, run_rounds, save
 from models.zoo import build, greedy, prompts
 from peers import StepDecoder, eager_decoder, inductor_decoder
 from probe import Probe
+from torch._dynamo.utils import counters
 
 
 @pytest.fixture(scope="module")
@@ -143,10 +144,22 @@ def test_samples_are_counted_whatever_the_batch(probe: Probe) -> None:
     assert {name: run() for name, run in eager.phases.items()} == {"batch 1": 8, "batch 3": 6, "batch 8": 8}
 
 
+def test_no_peer_runs_uncompiled_after_many_captures() -> None:
+    """Dynamo's own limit is eight captures of one code."""
+    torch.compiler.reset()
+    model = compile_models.build("bert", "float32", 1, **TINY["bert"])
+    batches = range(1, 13)
+    (dynamo,) = compile_cpu.contestants(model, batches, ["dynamo"])
+    before = counters["stats"]["unique_graphs"]
+    for run in dynamo.phases.values():
+        run()
+    assert counters["stats"]["unique_graphs"] - before == len(batches)
+
+
 def test_first_calls_are_medians_of_the_processes_that_came_through(tmp_path: Path) -> None:
     shares = ("dynamo_s", "later_call_s", "compiler_s")
     samples: list[dict[str, Any]] = [
-        {"first_call_s": 6.0 + i, **dict.fromkeys(shares, 2.0 + i), "peak_bytes": 3, "import_s": 0.1} for i in (3, 0, 1)
+        {"first_call_s": 6.0 + i, **dict.fromkeys(shares, 2.0 + i), "import_s": 0.1} for i in (3, 0, 1)
     ]
     samples.insert(1, {"error": "killed"})
     found = compile_cpu.median(samples)
@@ -165,11 +178,20 @@ def test_first_calls_are_medians_of_the_processes_that_came_through(tmp_path: Pa
 def test_a_first_call_in_a_process_of_its_own(tmp_path: Path) -> None:
     options = compile_cpu.parse(["--layers", "1", "--tokens", "3", "--threads", "1"])
     for peer in ("llmopt", "eager"):
-        sample = compile_cpu.first_call("llama-float32", peer, tmp_path, options)
+        sample = compile_cpu.child("first_call.py", "llama-float32", peer, tmp_path, options)
         assert "error" not in sample, sample
         made_of = sum(sample[key] for key in compile_cpu.SHARES)
         assert made_of == pytest.approx(sample["first_call_s"])
         assert (sample["dynamo_s"] > 0) is (peer == "llmopt")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["llama", "vit"])
+def test_peak_memory_holds_the_weights(kind: str) -> None:
+    options = compile_cpu.parse(["--layers", "1", "--tokens", "3", "--threads", "1", "--peers", "eager", "llmopt"])
+    found = compile_cpu.measure_memory(f"{kind}-float32", options, [2])["batch 2"]
+    for peer in ("eager", "llmopt"):
+        assert found[peer]["weights_bytes"] < found[peer]["peak_bytes"] < 2 * found[peer]["weights_bytes"]
 
 
 @pytest.mark.skipif(importlib.util.find_spec("openvino") is None, reason="OpenVINO is not installed")
