@@ -123,10 +123,11 @@ def test_left_padding(name: str) -> None:
         expected = model(ids, attention_mask=mask, use_cache=False).logits
         actual = forward(ids, attention_mask=mask, use_cache=False).logits
         assert_logits(actual[mask.bool()], expected[mask.bool()])
-        # The mask is data: all ones gives something else in the padded rows, from the same graph.
+        # The mask is data: all ones gives something else behind the padding (a window may not reach it from the end),
+        # from the same graph.
         whole = forward(ids, attention_mask=torch.ones_like(mask), use_cache=False).logits
         assert_logits(whole, model(ids, use_cache=False).logits)
-        assert (whole[1, -1] - actual[1, -1]).abs().max() > 50 * FLOAT_TOLERANCE
+        assert (whole[1, 5] - actual[1, 5]).abs().max() > 50 * FLOAT_TOLERANCE
     assert_compiled(1)
 
 
