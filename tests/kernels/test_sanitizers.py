@@ -18,12 +18,15 @@ from llmopt.codegen.cpu.toolchain import find_compiler
 ROOT = Path(__file__).parents[2]
 FLAGS = "-O1 -g -fno-omit-frame-pointer -fsanitize=address,undefined -fno-sanitize-recover=all"
 PARTS = {
-    "linear": "tests/kernels/test_linear.py tests/kernels/test_batched_linear.py tests/kernels/test_moe.py",
+    "linear": "tests/kernels/test_linear.py tests/kernels/test_batched_linear.py tests/kernels/test_moe.py "
+    "tests/kernels/test_grouped_linear.py",
+    "epilogues": "tests/codegen/test_epilogues.py",
     "adapters": "tests/kernels/test_lora.py",
-    "attention": "tests/kernels/test_attention.py tests/kernels/test_kv_write.py",
+    "attention": "tests/kernels/test_attention.py tests/kernels/test_kv_write.py "
+    "tests/kernels/test_attention_quantized.py",
     "rows": "tests/kernels/test_norm.py tests/kernels/test_rope.py tests/kernels/test_gated_act.py "
     "tests/kernels/test_embedding.py tests/kernels/test_topk.py tests/kernels/test_scan.py "
-    "tests/kernels/test_index_copy.py",
+    "tests/kernels/test_index_copy.py tests/kernels/test_largest.py",
     "loops": "tests/codegen/test_loops_ops.py tests/codegen/test_loops_reductions.py tests/codegen/test_loops_views.py "
     "tests/codegen/test_loops_gathers.py",
     "random loops": "tests/codegen/test_loops_random.py",
