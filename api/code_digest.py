@@ -31,7 +31,8 @@ _PLAIN = (
     *(torch.dtype, torch.device, torch.layout, torch.memory_format, torch.Size, re.Pattern, range, slice),
 )
 _CALLED = ("forward", "__call__")
-_VERSIONED = sys.stdlib_module_names | {"torch", "builtins"}
+# Of these only classes, functions and modules count. What else progress bars hold comes to be when one is shown.
+_VERSIONED = sys.stdlib_module_names | {"torch", "builtins", "tqdm"}
 # Modules that code reaches through the package that they are in. Others come to be there when somebody imports them.
 _PARTS = frozenset({"torch.nn", "torch.nn.functional", "torch.fft", "torch.linalg", "torch.special"})
 _TORCH = str(Path(torch.__file__).parent)

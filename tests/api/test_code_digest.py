@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+import tqdm.std
 from models.zoo import build
 from torch import nn
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
@@ -82,6 +83,15 @@ def test_a_change_is_seen(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
 def test_what_no_code_names_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
     before = code_digest(Inner())
     monkeypatch.setattr(Inner, "unused", _other)
+    assert code_digest(Inner()) == before
+
+
+def test_what_progress_bars_hold_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A lock of all bars is made when the first is shown, which is between two loads of a model."""
+    monkeypatch.setitem(TABLE, "scale", lambda x: tqdm.std.tqdm(x)._lock)
+    monkeypatch.delattr(tqdm.std.tqdm, "_lock", raising=False)
+    before = code_digest(Inner())
+    tqdm.std.tqdm.get_lock()
     assert code_digest(Inner()) == before
 
 

@@ -18,7 +18,7 @@ DTYPES = list(CPP_TYPE)
 EMULATED = "avx512_bf16_emulated"
 # float32: products of up to a few hundred terms summed in another order. The others: one rounding of the result, whose
 # size is that of a mean of values, so that the absolute part matters where it nearly cancels.
-TOLERANCE = {torch.float32: (2e-5, 5e-6), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 2e-5)}
+TOLERANCE = {torch.float32: (2e-5, 1e-5), torch.bfloat16: (8e-3, 1e-4), torch.float16: (1e-3, 2e-5)}
 
 
 @dataclass(frozen=True)
