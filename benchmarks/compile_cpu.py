@@ -89,7 +89,9 @@ def measure_memory(part: str, options: argparse.Namespace, batches: Sequence[int
         for batch, peer in product(batches, dict.fromkeys(["eager", "dynamo", *options.peers])):
             for _ in STATES if BACKENDS[peer] is not None else STATES[:1]:
                 sample = child("peak_memory.py", part, peer, Path(folder) / peer, options, "--batch", str(batch))
-            if "error" not in sample:
+            if "error" in sample:
+                print(f"{part}, batch {batch}, peak memory: {peer} did not run: {sample['error']}")
+            else:
                 found[f"batch {batch}"][peer] = sample
     for phase, peers in found.items():
         sizes = ", ".join(f"{peer} {sample['peak_bytes'] / 2**20:.0f} MiB" for peer, sample in peers.items())

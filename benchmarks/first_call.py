@@ -1,6 +1,6 @@
 """The first call of one compiled model in this process, as one line of JSON: a child of `compile_cpu.py`.
 
-usage: python benchmarks/first_call.py MODEL DTYPE PEER CACHE_FOLDER [--threads 2] [--layers N] [--tokens 32]
+usage: python benchmarks/first_call.py MODEL DTYPE PEER CACHES [--batch 1] [--threads 2] [--layers N] [--tokens N]
 
 `first_call_s` runs from `torch.compile` to the first result. Of it, `import_s` is spent on loading the compiler's own
 modules, `dynamo_s` on Dynamo's tracing and guards, outside of the backend. A call that compiles nothing takes
@@ -9,28 +9,17 @@ modules, `dynamo_s` on Dynamo's tracing and guards, outside of the backend. A ca
 
 from __future__ import annotations
 
-import argparse
 import json
-import os
 import statistics
 import time
-from pathlib import Path
+
+from child_process import parse
 
 LATER_CALLS = 3
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name in ("model", "dtype", "peer"):
-        parser.add_argument(name)
-    parser.add_argument("caches", type=Path)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--tokens", type=int, help="length of the prompt")
-    options = parser.parse_args()
-    # Before anything is imported that reads them.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.caches / "inductor")
-    os.environ["LLMOPT_CACHE_DIR"] = str(options.caches / "llmopt")
+    options = parse(__doc__)
 
     import torch
     from backends import compiled_forward, import_backend
@@ -38,7 +27,7 @@ def main() -> None:
 
     torch.set_num_threads(options.threads)
     model = build(options.model, options.dtype, options.layers)
-    arguments = inputs(model, 1, options.tokens)
+    arguments = inputs(model, options.batch, options.tokens)
 
     with torch.no_grad():
         begin = time.perf_counter()

@@ -10,13 +10,13 @@ is the size of the parameters and buffers.
 
 from __future__ import annotations
 
-import argparse
 import ctypes
 import gc
 import json
-import os
 from pathlib import Path
 from typing import Any
+
+from child_process import parse
 
 CALLS = 3
 TINY: dict[str, Any] = {
@@ -38,18 +38,7 @@ def _status(key: str) -> int:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0] if __doc__ else None)
-    for name in ("model", "dtype", "peer"):
-        parser.add_argument(name)
-    parser.add_argument("caches", type=Path)
-    parser.add_argument("--batch", type=int, default=1)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--tokens", type=int, help="length of the prompt")
-    options = parser.parse_args()
-    # Before anything is imported that reads them.
-    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(options.caches / "inductor")
-    os.environ["LLMOPT_CACHE_DIR"] = str(options.caches / "llmopt")
+    options = parse(__doc__)
 
     import torch
     from backends import compiled_forward
