@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from statistics import median
 from typing import Any
 
 from tiny_models import OTHERS, TYPES
@@ -30,6 +31,11 @@ def _notes(record: Record) -> str:
     return ", ".join(parts) + (", ..." if len(ops) > 5 else "")
 
 
+def _peer_fault(peer: Record) -> str:
+    """What is wrong with a peer's result, in a word."""
+    return "" if not peer or peer["right"] else " (error)" if "error" in peer else " (wrong)"
+
+
 def summary(records: Sequence[Record]) -> list[tuple[str, str]]:
     """The headline figures, by name."""
     causal = [record for record in records if record["type"] in TYPES]
@@ -47,6 +53,20 @@ def summary(records: Sequence[Record]) -> list[tuple[str, str]]:
         ("same greedy tokens", str(sum(bool(record.get("tokens_equal")) for record in causal))),
         (f"right, with {GOOD_SHARE:.0%} or more of the FLOPs in llmopt's kernels", str(good)),
         ("encoders and others, right", f"{sum(r['status'] == 'right' for r in others)} of {len(OTHERS)}"),
+        *_beside_inductor(causal),
+    ]
+
+
+def _beside_inductor(records: Sequence[Record]) -> list[tuple[str, str]]:
+    """How many types Inductor gets right, and the first calls' ratio where both are. Nothing where it was not run."""
+    beside = [record for record in records if "inductor" in record]
+    if not beside:
+        return []
+    both = [record for record in beside if record["status"] == "right" and record["inductor"]["right"]]
+    ratios = [record["compile_s"] / record["inductor"]["compile_s"] for record in both]
+    return [
+        ("right by Inductor", f"{sum(record['inductor']['right'] for record in beside)} of {len(beside)}"),
+        ("first call to Inductor's, median where both are right", f"{median(ratios):.2f}" if ratios else "-"),
     ]
 
 
@@ -59,7 +79,8 @@ def table(
     lines += [
         f"Tiny random models in float32 without a cache; shapes {', '.join(f'{b} x {s}' for b, s in shapes)}. Right: "
         f"no logit differs by more than {tolerance:g} standard deviations. FLOPs are those of matrix products and "
-        "attention in eager mode; the share is what does not reach ATen. Compile time is that of the first call. "
+        "attention in eager mode; the share is what does not reach ATen. Compile time is that of the first call, with "
+        "caches that were empty when the sweep began and that its types share; Inductor runs without a batch of 1. "
         "`python benchmarks/coverage.py` makes this file.",
         "",
         ", ".join(f"{name} {value}" for name, value in conditions.items()),
@@ -70,7 +91,7 @@ def table(
     for r in records:
         tokens = {True: "equal", False: "differ", None: "-"}[r.get("tokens_equal")]
         peer = r.get("inductor", {})
-        other = f"{_number(peer.get('compile_s'), '.1f')}{'' if not peer or peer.get('right') else ' (wrong)'}"
+        other = f"{_number(peer.get('compile_s'), '.1f')}{_peer_fault(peer)}"
         share, difference = _number(r.get("flop_share"), ".0%"), _number(r.get("difference"), ".1e")
         cells = [r["type"], r["class"], r["status"], difference, tokens, _number(r.get("graphs"), "d")]
         cells += [_number(r.get("graph_breaks"), "d"), share, _number(r.get("compile_s"), ".1f"), other, _notes(r)]

@@ -227,3 +227,23 @@ def test_the_sweep_of_one_type(name: str) -> None:
     assert f"| {name} |" in text
     causal, others = (dict(summary([record]))[key].lstrip("*")[0] for key in ("right", "encoders and others, right"))
     assert (causal, others) == (("1", "0") if name == "gpt2" else ("0", "1"))
+
+
+def test_the_sweep_beside_inductor() -> None:
+    def record(inductor: dict[str, Any] | None) -> dict[str, Any]:
+        made = {"type": "gpt2", "class": "A", "status": "right", "compile_s": 3.0}
+        return made if inductor is None else made | {"inductor": inductor}
+
+    right, slow = {"compile_s": 6.0, "right": True}, {"compile_s": 1.0, "right": False}
+    records = [record(None), record(right), record(slow), record({"error": "no end in time", "right": False})]
+    found = dict(summary(records))
+    assert found["right by Inductor"] == "1 of 3"
+    assert found["first call to Inductor's, median where both are right"] == "0.50"
+    assert "right by Inductor" not in dict(summary(records[:1]))
+    text = table(records, [(2, 19)], 2e-3, {"torch": "x"})
+    assert [line.split("|")[10].strip() for line in text.splitlines() if "| gpt2 |" in line] == [
+        "-",
+        "6.0",
+        "1.0 (wrong)",
+        "- (error)",
+    ]
