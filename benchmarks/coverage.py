@@ -5,7 +5,8 @@ Every type is built tiny (`tiny_models.py`) and runs in a process of its own, fo
 the graphs, what runs on ATen and why, and the share of the FLOPs of matrix products and attention that llmopt's kernels
 compute. Compilers' caches lie beside the records: empty when a sweep begins, and shared by its types.
 
-    python benchmarks/coverage.py --inductor --jobs 2  # all types, Inductor beside; finished ones are not run again
+    python benchmarks/coverage.py --jobs 2             # all types; finished ones are not run again
+    python benchmarks/coverage.py --inductor           # Inductor, for the types without its results
     python benchmarks/coverage.py --types llama gpt2 --redo
     python benchmarks/coverage.py --table              # only render results/coverage.{json,md}
 """
@@ -15,6 +16,7 @@ from __future__ import annotations
 import argparse
 import contextlib
 import faulthandler
+import importlib
 import json
 import logging
 import math
@@ -186,28 +188,35 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     return float((ours - theirs).abs().max() / theirs.std())
 
 
-def _compare(
-    model: PreTrainedModel,
-    backend: str,
-    eager: Mapping[tuple[int, int], Tensor],
-    tokens: list[list[int]] | None,
-    reached: Callable[[str], None],
-) -> Record:
+class Eager:
+    """A type's model in eager mode: its forward, logits at each shape, and greedy tokens."""
+
+    def __init__(self, model_type: str, shapes: Shapes) -> None:
+        self.model = build(model_type)
+        self.forward = _forward_of(self.model, self.model.forward)
+        self.logits = {shape: self.forward(inputs(self.model, *shape)) for shape in shapes}
+        if not all(bool(e.isfinite().all()) and float(e.std()) > 1e-3 for e in self.logits.values()):
+            raise ArithmeticError("logits of the eager model are not finite, or all the same")
+        self.tokens = _greedy(self.forward, inputs(self.model, *SHAPES[0]))
+
+
+def _compare(eager: Eager, backend: str, reached: Callable[[str], None]) -> Record:
     """Compiles for one backend; the differences, the tokens and the seconds of the first call."""
     reached(f"{backend}: first call")
+    model = eager.model
     forward = _forward_of(model, torch.compile(model.forward, backend=backend, dynamic=True))
     begin = time.perf_counter()
     forward(inputs(model, *SHAPES[0]))
     compile_s = time.perf_counter() - begin
     reached(f"{backend}: other shapes, after a first call of {compile_s:.0f} s")
-    differences = [_difference(forward(inputs(model, *s)), e) for s, e in eager.items()]
+    differences = [_difference(forward(inputs(model, *s)), e) for s, e in eager.logits.items()]
     reached(f"{backend}: greedy tokens, after differences of {max(differences):.1e}")
     ours = _greedy(forward, inputs(model, *SHAPES[0]))
     return {
         "compile_s": round(compile_s, 2),
         "difference": max(differences),
         "differences": differences,
-        "tokens_equal": None if tokens is None else ours == tokens,
+        "tokens_equal": None if eager.tokens is None else ours == eager.tokens,
         "right": max(differences) <= TOLERANCE,
         "forward": forward,
     }
@@ -240,11 +249,8 @@ def _graphs(record: Record) -> None:
     record["graph_break_reasons"] = [re.sub(r"\s+", " ", text)[:200] for text in counters["graph_break"]]
 
 
-def measure(model_type: str, inductor: bool, shapes: Shapes, save: Callable[[Record], None]) -> Record:
-    """Everything about one type, in this process. `save` gets what is known so far before each longer step.
-
-    Inductor, and what shows whether a fault is ours, run after llmopt and without a batch of 1.
-    """
+def measure(model_type: str, shapes: Shapes, save: Callable[[Record], None]) -> Record:
+    """llmopt's results for one type, in this process. `save` gets what is known so far before each longer step."""
     record: Record = {"type": model_type, "class": class_of(model_type)}
     record["shapes"] = [list(shape) for shape in shapes]
 
@@ -253,20 +259,16 @@ def measure(model_type: str, inductor: bool, shapes: Shapes, save: Callable[[Rec
 
     reached("eager")
     try:
-        model = build(model_type)
-        forward = _forward_of(model, model.forward)
-        eager = {shape: forward(inputs(model, *shape)) for shape in shapes}
-        if not all(bool(e.isfinite().all()) and float(e.std()) > 1e-3 for e in eager.values()):
-            raise ArithmeticError("logits of the eager model are not finite, or all the same")
-        record["repeatable"] = torch.equal(forward(inputs(model, *SHAPES[0])), eager[SHAPES[0]])
-        tokens = _greedy(forward, inputs(model, *SHAPES[0]))
+        eager = Eager(model_type, shapes)
+        model, forward = eager.model, eager.forward
+        record["repeatable"] = torch.equal(forward(inputs(model, *SHAPES[0])), eager.logits[SHAPES[0]])
         with FlopCount() as count:
             forward(inputs(model, *SHAPES[0]))
     except Exception as error:
         return record | {"status": "no eager", "error": _first_line(error), "where": _where(error)}
     record |= {"parameters": sum(p.numel() for p in model.parameters()), "flops": count.total}
 
-    record |= _attempt(lambda: _compare(model, "llmopt", eager, tokens, reached))
+    record |= _attempt(lambda: _compare(eager, "llmopt", reached))
     _graphs(record)
     compiled = record.pop("forward", None)
     if compiled is not None:
@@ -276,14 +278,24 @@ def measure(model_type: str, inductor: bool, shapes: Shapes, save: Callable[[Rec
         record["own_ops_dispatched"] = dict(rest.own)
         record["flop_share"] = 1.0 - rest.total / count.total if count.total else None
     record["status"] = "right" if record["right"] else "error" if "error" in record else "wrong"
-    peers = (["eager", "aot_eager"] if not record["right"] else []) + (["inductor"] if inductor else [])
-    batched = {shape: logits for shape, logits in eager.items() if shape[0] > 1}
-    for backend in peers:  # Dynamo or AOTAutograd alone may be what fails
-        save(record | {backend: {"error": "no end in time", "right": False}})
-        torch._dynamo.reset()
-        record[backend] = _attempt(partial(_compare, model, backend, batched, tokens, lambda _: None))
-        record[backend].pop("forward", None)
+    if not record["right"]:
+        for backend in ("eager", "aot_eager"):  # Dynamo or AOTAutograd alone may be what fails
+            record[backend] = _peer(eager, backend)
     return record
+
+
+def _peer(eager: Eager, backend: str) -> Record:
+    """Another backend's results, or what it raised."""
+    torch._dynamo.reset()
+    found = _attempt(lambda: _compare(eager, backend, lambda _: None))
+    found.pop("forward", None)
+    return found
+
+
+def measure_inductor(model_type: str, shapes: Shapes) -> Record:
+    """Inductor's results for one type that runs in eager mode."""
+    importlib.import_module("torch._inductor.compile_fx")  # llmopt's modules are loaded before its first call, too
+    return _peer(Eager(model_type, shapes), "inductor")
 
 
 def _worker(model_type: str, path: Path, log: Path, inductor: bool, shapes: Shapes) -> None:
@@ -296,10 +308,13 @@ def _worker(model_type: str, path: Path, log: Path, inductor: bool, shapes: Shap
     faulthandler.register(signal.SIGUSR1, all_threads=False)
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)
-    if inductor:
-        import torch._inductor.compile_fx  # llmopt is loaded as well when its first call begins
     with torch.no_grad():
-        _save(measure(model_type, inductor, shapes, partial(_save, path=path)), path)
+        if not _finished(path):
+            _save(measure(model_type, shapes, partial(_save, path=path)), path)
+        record = json.loads(path.read_text("utf-8"))
+        if inductor and record["status"] != "no eager":
+            batched = tuple(shape for shape in shapes if shape[0] > 1)  # a batch of 1 would be compiled apart
+            _save(record | {"inductor": measure_inductor(model_type, batched)}, path)
 
 
 def _save(record: Any, path: Path) -> None:
@@ -310,11 +325,10 @@ def _save(record: Any, path: Path) -> None:
 
 
 def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: Shapes, end: float) -> Record | None:
-    """One type in a process of its own; what ends it early is part of the record. None when it is `end` already."""
+    """What a type lacks, in a process of its own; what ends it early is part of the record. None past `end`."""
     if time.monotonic() > end:
         return None
     path = folder / f"{model_type}.json"
-    path.unlink(missing_ok=True)
     log = folder / f"{model_type}.log"
     process = multiprocessing.get_context("fork").Process(
         target=_worker, args=(model_type, path, log, inductor, shapes)
@@ -328,20 +342,30 @@ def _run(model_type: str, folder: Path, timeout: float, inductor: bool, shapes: 
             process.join(2.0)
             os.killpg(process.pid, signal.SIGKILL)
         process.join()
-    record: Record = {"type": model_type, "class": class_of(model_type)}
+    record: Record = {"type": model_type, "class": class_of(model_type), "status": "unfinished"}
     if path.exists():
         record = json.loads(path.read_text("utf-8"))
-    if record.get("status", "unfinished") == "unfinished":
+    if not _complete(record, inductor):
         tail = log.read_text("utf-8", errors="replace").strip().splitlines()[-1:]
         error = f"no end within {timeout:.0f} s" if code is None else f"exit status {code}: {' '.join(tail)[:200]}"
-        status = "timeout" if code is None else "crash"
-        record |= {"status": status, "error": f"{error} ({record.pop('step', 'start')})", "right": False}
+        if record["status"] == "unfinished":
+            status = "timeout" if code is None else "crash"
+            record |= {"status": status, "error": f"{error} ({record.pop('step', 'start')})", "right": False}
+        if inductor:
+            record["inductor"] = {"error": error, "right": False}
         _save(record, path)
     return record
 
 
 def _finished(path: Path) -> bool:
+    """Whether llmopt's results are there."""
     return path.exists() and json.loads(path.read_text("utf-8"))["status"] != "unfinished"
+
+
+def _complete(record: Record, inductor: bool) -> bool:
+    """Whether nothing is left to run."""
+    done = record["status"] != "unfinished"
+    return done and (not inductor or "inductor" in record or record["status"] == "no eager")
 
 
 def _records(folder: Path) -> Iterator[Record]:
@@ -382,7 +406,11 @@ def main() -> int:
         os.environ[name] = str((options.work / "caches" / name.split("_")[0].lower()).resolve())
     if not options.table:
         end = time.monotonic() + options.budget
-        wanted = [t for t in options.types if options.redo or not _finished(options.work / f"{t}.json")]
+        if options.redo:
+            for model_type in options.types:
+                (options.work / f"{model_type}.json").unlink(missing_ok=True)
+        done = {record["type"] for record in _records(options.work) if _complete(record, options.inductor)}
+        wanted = [model_type for model_type in options.types if model_type not in done]
         shapes = tuple(shape for shape in SHAPES if shape[0] > 1 or not options.quick)
         with ThreadPoolExecutor(options.jobs) as pool, tqdm(total=len(wanted), unit="type") as bar:
             for record in pool.map(

@@ -219,7 +219,7 @@ def test_the_sweep_counts_what_reaches_aten() -> None:
 @torch.no_grad()
 def test_the_sweep_of_one_type(name: str) -> None:
     seen: list[str] = []
-    record = measure(name, False, ((2, 19),), lambda record: seen.append(record["step"]))
+    record = measure(name, ((2, 19),), lambda record: seen.append(record["step"]))
     assert record["status"] == "right" and record["flop_share"] == 1.0 and record["difference"] < 1e-4
     assert record["tokens_equal"] is (True if name == "gpt2" else None)
     assert seen[0] == "eager" and any("greedy" in step for step in seen)
