@@ -187,7 +187,10 @@ def _drop_tokens(graph: fx.Graph, count: int) -> None:
 
 
 def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
-    """Turns tensor constants into placeholders behind the others, and returns their values."""
+    """Turns tensor constants into placeholders behind the others, and returns their values.
+
+    One without dimensions becomes the op that makes it, in which passes see the number.
+    """
     mode, found = fake_mode(gm.graph), dict[str, Node]()
     constants = []
     for node in list(gm.graph.nodes):
@@ -198,13 +201,16 @@ def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
             constant = getattr(gm, name)
             if not isinstance(constant, torch.Tensor):
                 raise UnsupportedError("the graph holds a constant that is no tensor", operation=name)
-            constants.append(constant.detach().clone())
-            with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
-                found[name] = gm.graph.placeholder(f"constant_{len(found)}")
+            how = {"dtype": constant.dtype, "device": constant.device}
+            if constant.ndim == 0:
+                with gm.graph.inserting_before(node):
+                    found[name] = gm.graph.call_function(aten.full.default, ([], constant.item()), how)
+            else:
+                with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
+                    found[name] = gm.graph.placeholder(f"constant_{len(constants)}")
+                constants.append(constant.detach().clone())
             with mode:
-                found[name].meta["val"] = torch.empty_strided(
-                    constant.shape, constant.stride(), dtype=constant.dtype, device=constant.device
-                )
+                found[name].meta["val"] = torch.empty_strided(constant.shape, constant.stride(), **how)
         node.replace_all_uses_with(found[name])
         gm.graph.erase_node(node)
     return constants

@@ -22,6 +22,18 @@ _HIDDEN = -1e4
 
 
 @dataclass(frozen=True)
+class Mask:
+    """One term on the scores: additive, or boolean where true may attend, or where true `hides` a key.
+
+    flat: the scores that it broadcasts to are `[B * H, S, L]`, not `[B, H, S, L]`.
+    """
+
+    node: Node
+    hides: bool = False
+    flat: bool = False
+
+
+@dataclass(frozen=True)
 class MaskRule:
     """Query i sees key j if (not causal or j <= i) and (window == 0 or j > i - window); scores get slope[h] * j."""
 
@@ -30,32 +42,38 @@ class MaskRule:
     alibi_slopes: tuple[float, ...] | None = None
 
 
-def infer_rule(masks: Sequence[Node], heads: int) -> MaskRule | str:
-    """The rule of one attention, from all its boolean and additive mask terms together, or why there is none.
+def infer_rule(masks: Sequence[Mask], heads: int) -> MaskRule | str:
+    """The rule of one attention, from several of its mask terms together, or why there is none.
 
     `masks` broadcast to `[B, H, S, S]` and must not depend on data.
     """
     constants: set[int] = set()
     symbols: set[sympy.Symbol] = set()
     lengths: set[sympy.Expr] = set()
-    for mask in masks:
+    for mask in (m.node for m in masks):
         lengths |= {to_expr(size) for size in tensor(mask).shape[-2:] if size != 1}
         for node in ancestors(mask):
             if is_tensor(node):
                 symbols |= {s for size in tensor(node).shape for s in to_expr(size).free_symbols}
             constants |= {abs(a) for a in node.args if isinstance(a, int) and 1 < abs(a) < 1 << 24}
-    if len(lengths) > 1:
+    free = {length for length in lengths if isinstance(length, sympy.Symbol)}
+    if len(free) == 1 and all(free == length.free_symbols for length in lengths):
+        (length,) = free
+        # Long enough to see both sides of every constant, or as long as a table in which a bias is looked up allows.
+        # Other sizes (the batch) matter by whether they are one.
+        for number in sorted({64, 2 * max(constants, default=0) + 5, *constants}, reverse=True):
+            values = PointValues({symbol: number if symbol == length else 2 for symbol in symbols})
+            if all(other.xreplace({length: sympy.Integer(number)}) == number for other in lengths):
+                break
+        else:
+            return "queries and keys differ in number"
+    elif len(lengths) > 1:
         return "queries and keys differ in number"
-    length = lengths.pop() if lengths else sympy.Integer(1)
-    if isinstance(length, sympy.Symbol):
-        # Long enough to see both sides of every constant. Other sizes (the batch) matter by whether they are one.
-        number = max([64, *(2 * c + 5 for c in constants)])
-        values = PointValues({symbol: number if symbol == length else 2 for symbol in symbols})
-    elif length.is_Integer:
-        number = int(length)
+    elif all(length.is_Integer for length in lengths):
+        number = int(next(iter(lengths), 1))
         values = PointValues(dict.fromkeys(symbols, 2))
     else:
-        return f"the mask has {length} rows"
+        return f"the mask has {lengths.pop()} rows"
     try:
         return _fit(_Samples(masks, values, heads), constants, number)
     except NotEvaluable as error:
@@ -65,9 +83,9 @@ def infer_rule(masks: Sequence[Node], heads: int) -> MaskRule | str:
 class _Samples:
     """Entries of the combined mask: whether a key is seen, and the bias on its score."""
 
-    def __init__(self, masks: Sequence[Node], values: PointValues, heads: int) -> None:
+    def __init__(self, masks: Sequence[Mask], values: PointValues, heads: int) -> None:
         self._masks, self._values, self.heads = masks, values, heads
-        shapes = [values.shape(mask) for mask in masks]
+        shapes = [values.shape(mask.node) for mask in masks]
         self.batch = max((shape[-4] for shape in shapes if len(shape) >= 4), default=1)
 
     def __call__(self, h: torch.Tensor, q: torch.Tensor, k: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor] | str:
@@ -85,14 +103,14 @@ class _Samples:
         visible = torch.ones(q.shape, dtype=torch.bool)
         bias = torch.zeros(q.shape, dtype=torch.float64)
         for mask in self._masks:
-            shape = self._values.shape(mask)
+            shape = self._values.shape(mask.node)
             # A mask [B * H, S, S] counts heads within the batch.
             lead = (b * self.heads + h,) if len(shape) == 3 and shape[0] == self.batch * self.heads else (b, h)
             index = (*lead, q, k)[-len(shape) :]
             index = tuple(torch.zeros_like(i) if n == 1 else i for i, n in zip(index, shape, strict=True))
-            entry = self._values.at(mask, index)
+            entry = self._values.at(mask.node, index)
             if entry.dtype == torch.bool:
-                visible &= entry
+                visible &= entry ^ mask.hides
             else:
                 visible &= entry > _HIDDEN
                 bias += entry.double()

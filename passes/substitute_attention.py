@@ -5,13 +5,14 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
 from torch import fx
 from torch.fx.node import Node
 
 from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, nodes_of, same_size, tensor
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.vocabulary import llmopt_ops
-from llmopt.passes.mask_rules import MaskRule, infer_rule
+from llmopt.passes.mask_rules import Mask, MaskRule, infer_rule
 from llmopt.passes.matching import (
     CAST,
     depends_only_on,
@@ -22,10 +23,13 @@ from llmopt.passes.matching import (
     transposed,
 )
 
+_FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_SELECTIONS = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
+
 
 @dataclass
 class AttentionMatch:
-    """One attention: q, k, v as `[B, H, S, D]`; masks are boolean (true may attend) or additive."""
+    """One attention: q, k, v as `[B, H, S, D]`, and what is done to the scores."""
 
     last: Node
     q: Node
@@ -34,7 +38,7 @@ class AttentionMatch:
     scale: float
     softcap: float = 0.0
     causal: bool = False
-    masks: list[Node] = field(default_factory=list)
+    masks: list[Mask] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -42,7 +46,7 @@ class SubstituteAttention(Pass):
     """Before: `sdpa(q, repeat_kv(k), repeat_kv(v), mask)` or `softmax(q @ k^T * s + mask) @ v`, on `[B, H, S, D]`.
     After: `llmopt.attention(q, k, v, None, causal, scale, softcap, window, slopes, None)` on `[B, S, H, D]`.
 
-    A mask that is a formula of positions becomes a rule (causal, window, ALiBi); one that depends on data stays an
+    Masks that are formulas of positions become a rule (causal, window, ALiBi); those that depend on data stay, as one
     operand. Repeated key and value heads are taken from before the repetition.
     """
 
@@ -53,7 +57,7 @@ class SubstituteAttention(Pass):
         rewriter = Rewriter(graph)
         sizes = {n for n in graph.nodes if n.op == "placeholder" and not is_tensor(n)}
         formulas = depends_only_on(graph.nodes, sizes)
-        rules: dict[tuple[Node, ...], MaskRule | str] = {}
+        rules: dict[tuple[Mask, ...], MaskRule | str] = {}
         for node in nodes_of(graph, aten.scaled_dot_product_attention.default, aten.softmax.int, aten._softmax.default):
             match = match_sdpa(node) if is_op(node, aten.scaled_dot_product_attention.default) else match_softmax(node)
             if isinstance(match, str):
@@ -67,32 +71,29 @@ class SubstituteAttention(Pass):
         match: AttentionMatch,
         rewriter: Rewriter,
         formulas: set[Node],
-        rules: dict[tuple[Node, ...], MaskRule | str],
+        rules: dict[tuple[Mask, ...], MaskRule | str],
         report: PassReport,
         context: PassContext,
     ) -> None:
-        rule, mask = MaskRule(match.causal), None
-        if match.masks:
-            found: MaskRule | str = "the mask depends on data"
-            if all(m in formulas for m in match.masks):
-                key = tuple(match.masks)
-                if key not in rules:
-                    rules[key] = infer_rule(match.masks, int(tensor(match.q).shape[1]))
-                found = rules[key]
+        rule, kept = MaskRule(match.causal), [m for m in match.masks if m.node not in formulas]
+        if kept:
+            report.notes.append("mask kept as an operand: the mask depends on data")
+        if computed := tuple(m for m in match.masks if m.node in formulas):
+            if computed not in rules:
+                rules[computed] = infer_rule(computed, int(tensor(match.q).shape[1]))
+            found = rules[computed]
             if isinstance(found, str):
-                if len(match.masks) > 1:
-                    report.skipped[f"{found}, and there are several"] += 1
-                    return
                 report.notes.append(f"mask kept as an operand: {found}")
-                mask = match.masks[0]
+                kept = match.masks
             else:
-                rule = found if not match.causal else MaskRule(True, found.window, found.alibi_slopes)
+                rule = MaskRule(match.causal or found.causal, found.window, found.alibi_slopes)
         if not context.burn():
             return
         k, v = strip_repeat(match.k), strip_repeat(match.v)
         if tensor(k).shape[1] != tensor(v).shape[1]:
             k, v = match.k, match.v
         with rewriter.before(match.last):
+            mask = _operand(rewriter, kept, int(tensor(match.q).shape[1]))
             q, k, v = (rewriter.call(aten.transpose.int, t, 1, 2) for t in (match.q, k, v))
             slopes = None
             if rule.alibi_slopes is not None:
@@ -108,6 +109,25 @@ class SubstituteAttention(Pass):
                 new = rewriter.reshape(new, [-1, *(_size(rewriter, new, d) for d in (2, 3))])
         rewriter.replace(match.last, new)
         report.matched += 1
+
+
+def _operand(rewriter: Rewriter, masks: list[Mask], heads: int) -> Node | None:
+    """All of `masks` as one that broadcasts to `[B, H, S, L]`: boolean (true may attend) or additive."""
+    seen: Node | None = None
+    added: Node | None = None
+    for mask in masks:
+        node = mask.node
+        if mask.flat and tensor(node).ndim == 3 and tensor(node).shape[0] != 1:
+            node = rewriter.reshape(node, [-1, heads, *(_size(rewriter, node, d) for d in (1, 2))])
+        if tensor(node).dtype != torch.bool:
+            added = node if added is None else rewriter.call(aten.add.Tensor, added, node)
+            continue
+        if mask.hides:
+            node = rewriter.call(aten.logical_not.default, node)
+        seen = node if seen is None else rewriter.call(aten.bitwise_and.Tensor, seen, node)
+    if seen is None or added is None:
+        return seen if added is None else added
+    return rewriter.call(aten.where.ScalarOther, seen, added, torch.finfo(tensor(added).dtype).min)
 
 
 def _size(rewriter: Rewriter, node: Node, dim: int) -> Any:
@@ -126,7 +146,8 @@ def match_sdpa(node: Node) -> AttentionMatch | str:
         return "q, k, v are not [B, H, S, D]"
     scale = node.kwargs.get("scale")
     scale = float(scale) if scale is not None else float(tensor(q).shape[-1]) ** -0.5
-    return AttentionMatch(node, q, k, v, scale, causal=bool(causal), masks=[mask] if mask is not None else [])
+    masks = [Mask(mask)] if mask is not None else []
+    return AttentionMatch(node, q, k, v, scale, causal=bool(causal), masks=masks)
 
 
 def match_softmax(softmax: Node) -> AttentionMatch | str:
@@ -149,24 +170,17 @@ def match_softmax(softmax: Node) -> AttentionMatch | str:
     return AttentionMatch(user, q4, k4, v4, scale, softcap, False, masks)
 
 
-def _match_scores(node: Node) -> tuple[Node, Node, float, float, list[Node]] | str:
+def _match_scores(node: Node) -> tuple[Node, Node, float, float, list[Mask]] | str:
     """(q, k, scale, softcap, masks) of a chain of scale, cap and mask over `q @ k^T`."""
-    scale, softcap, masks = 1.0, 0.0, []
+    scale, softcap, masks = 1.0, 0.0, list[Mask]()
     while True:
         if is_op(node, CAST, aten.view.default):
             node = node.args[0]
-        elif is_op(node, aten.add.Tensor) and all(isinstance(a, Node) for a in node.args[:2]):
-            a, b = node.args[:2]
-            has_product = [_leads_to_product(x) for x in (a, b)]
-            if has_product[0] == has_product[1] or scale != 1.0:
-                return "softmax of something that is not q @ k^T"
-            node, mask = (a, b) if has_product[0] else (b, a)
+        elif (masked := _masked(node)) is not None:
+            if scale != 1.0 or softcap:
+                return "a mask inside a scale or a softcap"
+            node, mask = masked
             masks.append(mask)
-        elif is_op(node, aten.where.self, aten.where.ScalarOther) and isinstance(node.args[1], Node):
-            if scale != 1.0 or not _is_hidden(node.args[2]):
-                return "softmax of something that is not q @ k^T"
-            masks.append(node.args[0])
-            node = node.args[1]
         elif (capped := _softcap(node)) is not None:
             if scale != 1.0 or softcap:
                 return "softcap inside a scale"
@@ -179,16 +193,37 @@ def _match_scores(node: Node) -> tuple[Node, Node, float, float, list[Node]] | s
         q, keys = node.args[:2]
     elif is_op(node, aten.baddbmm.default):
         bias, q, keys = node.args[:3]
-        if node.kwargs.get("beta", 1) != 1 or scale != 1.0:
+        if node.kwargs.get("beta", 1) != 1 or scale != 1.0 or softcap:
             return "baddbmm with beta"
         scale = float(node.kwargs.get("alpha", 1))
-        masks.append(bias)
+        masks.append(Mask(bias, flat=True))
     else:
         return "softmax of something that is not q @ k^T"
     k = transposed(keys, -1, -2)
     if k is None:
         return "the second factor is not k^T"
     return q, k, scale, softcap, masks
+
+
+def _masked(node: Any) -> tuple[Node, Mask] | None:
+    """(scores, mask) of scores plus a tensor, or with a low number where a mask says so."""
+    flat = is_tensor(node) and tensor(node).ndim == 3
+    if is_op(node, aten.add.Tensor) and all(isinstance(a, Node) for a in node.args[:2]):
+        a, b = node.args[:2]
+        has_product = [_leads_to_product(x) for x in (a, b)]
+        if has_product[0] == has_product[1] or node.kwargs.get("alpha", 1) != 1:
+            return None
+        scores, mask = (a, b) if has_product[0] else (b, a)
+        return scores, Mask(mask, flat=flat)
+    if is_op(node, *_FILLS) and _is_hidden(node.args[2]):
+        return node.args[0], Mask(node.args[1], True, flat)
+    if is_op(node, *_SELECTIONS):
+        mask, chosen, other = node.args
+        if _is_hidden(other) and isinstance(chosen, Node):
+            return chosen, Mask(mask, False, flat)
+        if _is_hidden(chosen) and isinstance(other, Node):
+            return other, Mask(mask, True, flat)
+    return None
 
 
 def _softcap(node: Any) -> tuple[Node, float] | None:
@@ -209,10 +244,11 @@ def _leads_to_product(node: Node) -> bool:
             return True
         if is_op(node, aten.add.Tensor):
             return any(isinstance(a, Node) and is_tensor(a) and _leads_to_product(a) for a in node.args[:2])
-        if not node.args or not isinstance(node.args[0], Node) or node.op != "call_function":
-            return False
-        node = node.args[1] if is_op(node, aten.where.self, aten.where.ScalarOther) else node.args[0]
-        if not isinstance(node, Node):
+        if (masked := _masked(node)) is not None:
+            node = masked[0]
+        elif node.op == "call_function" and node.args and isinstance(node.args[0], Node):
+            node = node.args[0]
+        else:
             return False
     return False
 
@@ -221,9 +257,9 @@ def _is_hidden(arg: Any) -> bool:
     """Whether the other branch of a mask is so low that softmax gives zero."""
     if is_number(arg):
         return float(arg) < -1e4
-    if is_op(arg, aten.full.default, aten.scalar_tensor.default):
-        number = arg.args[-1]
-        return is_number(number) and float(number) < -1e4
+    if is_op(arg, aten.full.default, aten.scalar_tensor.default, llmopt_ops.constant.default):
+        numbers = arg.args[-1] if isinstance(arg.args[-1], list | tuple) else [arg.args[-1]]
+        return all(is_number(number) and float(number) < -1e4 for number in numbers)
     return False
 
 

@@ -194,6 +194,18 @@ def test_tensors_made_from_numbers_are_further_arguments() -> None:
     torch.testing.assert_close(caught.run(), [model(x)])
 
 
+def test_a_tensor_made_from_one_number_is_an_op() -> None:
+    def model(x: Tensor) -> Tensor:
+        low = torch.tensor(torch.finfo(x.dtype).min, dtype=x.dtype)
+        return torch.where(x > 0, x, low) + torch.where(x > 1, low, x)
+
+    x = torch.randn(3, 4)
+    caught = catch(model, x)
+    assert caught.captured.constants == []
+    assert {n.args[1] for n in nodes_of(caught.graph, aten.full.default)} == {torch.finfo(torch.float32).min}
+    torch.testing.assert_close(caught.run(), [model(x)])
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16, torch.float64, torch.int32])
 def test_supported_dtypes(dtype: torch.dtype) -> None:
     x = torch.arange(12).reshape(3, 4).to(dtype)

@@ -16,6 +16,7 @@ from llmopt.compiler.graph import outputs
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import run_pipeline
 from llmopt.passes.eliminate_common import EliminateCommon
+from llmopt.passes.mask_rules import Mask as Term
 from llmopt.passes.mask_rules import MaskRule, infer_rule
 from llmopt.passes.normalize import Normalize
 from llmopt.passes.point_values import PointValues
@@ -36,7 +37,7 @@ def masks_of(*formulas: Mask, length: int = 9) -> list[Node]:
 
 
 def rule_of(*formulas: Mask, heads: int = HEADS) -> MaskRule | str:
-    return infer_rule(masks_of(*formulas), heads)
+    return infer_rule([Term(mask) for mask in masks_of(*formulas)], heads)
 
 
 def pair(length: int) -> tuple[Tensor, Tensor]:
@@ -90,7 +91,7 @@ def test_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     record("at")
     record("whole")
     start = time.perf_counter()
-    assert infer_rule([mask], HEADS) == MaskRule(True, window)
+    assert infer_rule([Term(mask)], HEADS) == MaskRule(True, window)
     assert time.perf_counter() - start < 10
     assert sizes and max(sizes) <= max(20_000, 4 * window)
 
@@ -181,5 +182,5 @@ def test_data_is_not_evaluated() -> None:
         return causal(x.shape[0]) & keep
 
     graph = catch(model, torch.randn(9), torch.ones(9).bool(), marked=[(0, 0), (1, 0)]).graph
-    rule = infer_rule(outputs(graph), HEADS)
+    rule = infer_rule([Term(mask) for mask in outputs(graph)], HEADS)
     assert isinstance(rule, str) and "is data" in rule

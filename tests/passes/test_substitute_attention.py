@@ -32,6 +32,11 @@ def causal_mask(length: int, window: int = 0) -> Tensor:
     return seen & (i[None, :] > i[:, None] - window) if window else seen
 
 
+def own_position(length: int) -> Tensor:
+    i = torch.arange(length)
+    return i[None, :] == i[:, None]
+
+
 def additive(seen: Tensor) -> Tensor:
     return torch.where(seen, 0.0, torch.finfo(torch.float32).min)
 
@@ -78,6 +83,17 @@ def filled(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(scores, -1) @ repeat_kv(v)
 
 
+def masked_fill(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = (q @ repeat_kv(k).mT / D**0.5).masked_fill(~causal_mask(q.shape[2], 3), -torch.inf)
+    return F.softmax(scores, -1) @ repeat_kv(v)
+
+
+def low_first(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q @ repeat_kv(k).mT / D**0.5
+    scores = torch.where(causal_mask(q.shape[2]).logical_not(), torch.finfo(scores.dtype).min, scores)
+    return F.softmax(scores, -1) @ repeat_kv(v)
+
+
 def bidirectional(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return F.softmax(q @ repeat_kv(k).mT, -1) @ repeat_kv(v)
 
@@ -92,6 +108,8 @@ SPELLINGS: dict[str, tuple[Callable[..., Tensor], bool, float, float, int]] = {
     "softmax": (eager, True, SCALE, 0.0, 0),
     "softmax with a cap and a window": (capped, True, SCALE, 2.0, 3),
     "softmax of filled scores": (filled, True, D**-0.5, 0.0, 0),
+    "softmax of scores under masked_fill": (masked_fill, True, D**-0.5, 0.0, 3),
+    "the low number first": (low_first, True, D**-0.5, 0.0, 0),
     "no mask": (bidirectional, False, 1.0, 0.0, 0),
 }
 
@@ -200,6 +218,54 @@ def test_a_mask_of_data_stays_an_operand() -> None:
         assert result.report.notes == ["mask kept as an operand: the mask depends on data"]
 
 
+def test_the_lower_triangle_of_a_buffer() -> None:
+    """As models write it that keep a mask of ones and zeros: true means hidden."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, ones: Tensor) -> Tensor:
+        scores = (q @ repeat_kv(k).mT) * SCALE
+        scores = scores.masked_fill(ones[:, :, : q.shape[2], : q.shape[2]] == 0, -torch.inf)
+        return F.softmax(scores, -1) @ repeat_kv(v)
+
+    result = rewrite(SubstituteAttention(), model, Q, K, V, torch.ones(1, 1, 32, 32).tril(), marked=LENGTHS)
+    node = attention_of(result)
+    assert tensor(node.args[3]).dtype == torch.bool and node.args[4:6] == (False, SCALE)
+    assert result.report.notes == ["mask kept as an operand: the mask depends on data"]
+
+
+def test_a_rule_beside_a_mask_of_data() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, seen: Tensor) -> Tensor:
+        scores = torch.where(seen | own_position(q.shape[2]), q @ repeat_kv(k).mT, torch.finfo(q.dtype).min)
+        return F.softmax(scores + additive(causal_mask(q.shape[2], 4)), -1) @ repeat_kv(v)
+
+    node = attention_of(rewrite(SubstituteAttention(), model, Q, K, V, torch.rand(1, 1, S, S) > 0.3))
+    assert tensor(node.args[3]).dtype == torch.bool
+    assert (node.args[4], node.args[7]) == (True, 4)
+
+
+def test_several_masks_of_data_are_one_operand() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor, seen: Tensor) -> Tensor:
+        own = own_position(S)
+        scores = (q @ repeat_kv(k).mT + bias).masked_fill(hidden & ~own, -torch.inf) + bias[:, :1]
+        return F.softmax(torch.where(seen | own, scores, -1e9), -1) @ repeat_kv(v)
+
+    hidden, seen = torch.rand(1, 1, S, S) > 0.6, torch.rand(1, 1, 1, S) > 0.3
+    result = rewrite(SubstituteAttention(), model, Q, K, V, hidden, torch.randn(1, H, S, S), seen)
+    assert tensor(attention_of(result).args[3]).shape == (1, H, S, S)
+
+
+def test_masks_of_flattened_heads_are_unflattened() -> None:
+    """Heads lie in the batch, and so they do in the mask: with two sequences it is not `[H, S, S]`."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, bias: Tensor) -> Tensor:
+        q, k, v = (t.reshape(2 * H, S, D) for t in (q, k, v))
+        return torch.bmm(F.softmax(torch.baddbmm(bias, q, k.mT), -1), v).reshape(2, H, S, D)
+
+    q, k, v = (torch.randn(2, H, S, D) for _ in range(3))
+    for first in (2 * H, 1):
+        node = attention_of(rewrite(SubstituteAttention(), model, q, k, v, torch.randn(first, 1, S)))
+        assert tuple(tensor(node.args[3]).shape) == ((2, H, 1, S) if first > 1 else (1, 1, S))
+
+
 def test_a_mask_without_a_rule_stays_an_operand() -> None:
     def chunked(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         i = torch.arange(q.shape[2])
@@ -239,7 +305,11 @@ def test_values_of_another_width() -> None:
         ),
         (
             lambda q, k, v: F.softmax((q @ q.mT + causal_mask(S) * 1.0) * 2, -1) @ q,
-            "softmax of something that is not q @ k^T",
+            "a mask inside a scale or a softcap",
+        ),
+        (
+            lambda q, k, v: F.softmax(torch.tanh((q @ q.mT + additive(causal_mask(S))) / 2) * 2, -1) @ q,
+            "a mask inside a scale or a softcap",
         ),
         (
             lambda q, k, v: F.softmax(torch.where(causal_mask(S), q @ q.mT, 0.0), -1) @ q,
