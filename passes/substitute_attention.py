@@ -24,6 +24,7 @@ from llmopt.passes.matching import (
 )
 
 _FILLS = (aten.masked_fill.Scalar, aten.masked_fill.Tensor)
+_CHAIN = 32  # nodes from a softmax up to its product: a few masks, factors, views and conversions
 _SELECTIONS = (aten.where.self, aten.where.ScalarOther, aten.where.ScalarSelf)
 
 
@@ -238,18 +239,21 @@ def _softcap(node: Any) -> tuple[Node, float] | None:
 
 
 def _leads_to_product(node: Node) -> bool:
-    """Whether a score chain starts here, seen through what `_match_scores` walks through."""
-    for _ in range(16):
+    """Whether a score chain starts here, seen through what `_match_scores` walks through. Looks at a few nodes only."""
+    seen, rest = set[Node](), [node]
+    while rest and len(seen) < _CHAIN:
+        node = rest.pop()
         if is_op(node, aten.matmul.default, aten.bmm.default, aten.baddbmm.default):
             return True
+        if node in seen or node.op != "call_function":
+            continue
+        seen.add(node)
         if is_op(node, aten.add.Tensor):
-            return any(isinstance(a, Node) and is_tensor(a) and _leads_to_product(a) for a in node.args[:2])
-        if (masked := _masked(node)) is not None:
-            node = masked[0]
-        elif node.op == "call_function" and node.args and isinstance(node.args[0], Node):
-            node = node.args[0]
-        else:
-            return False
+            rest += [a for a in node.args[:2] if isinstance(a, Node) and is_tensor(a)]
+        elif (masked := _masked(node)) is not None:
+            rest.append(masked[0])
+        elif node.args and isinstance(node.args[0], Node):
+            rest.append(node.args[0])
     return False
 
 
@@ -257,9 +261,9 @@ def _is_hidden(arg: Any) -> bool:
     """Whether the other branch of a mask is so low that softmax gives zero."""
     if is_number(arg):
         return float(arg) < -1e4
-    if is_op(arg, aten.full.default, aten.scalar_tensor.default, llmopt_ops.constant.default):
-        numbers = arg.args[-1] if isinstance(arg.args[-1], list | tuple) else [arg.args[-1]]
-        return all(is_number(number) and float(number) < -1e4 for number in numbers)
+    if is_op(arg, aten.full.default, aten.scalar_tensor.default):
+        number = arg.args[-1]
+        return is_number(number) and float(number) < -1e4
     return False
 
 

@@ -290,6 +290,17 @@ def test_values_of_another_width() -> None:
     assert tuple(tensor(attention_of(result)).shape) == (1, S, H, 5)
 
 
+def test_a_sum_that_leads_back_through_many_layers() -> None:
+    """Each layer is read twice by the next: there are 2 ** 40 ways from the softmax to the input."""
+
+    def router(x: Tensor) -> Tensor:
+        for _ in range(40):
+            x = x + x.sin()
+        return F.softmax(x + x.cos(), -1)
+
+    must_not_fire(SubstituteAttention(), "softmax of something that is not q @ k^T", router, torch.randn(3, 4))
+
+
 @pytest.mark.parametrize(
     ("function", "reason"),
     [
