@@ -52,6 +52,8 @@ _SAMPLING_DEFAULTS = {
 # Rotary factors that change with the length of the sequence: one graph cannot serve requests of different lengths.
 _LENGTH_DEPENDENT_ROPE = {"dynamic", "longrope"}
 
+# What configurations call the longest sequence.
+_LENGTHS = ("max_position_embeddings", "n_positions", "max_seq_len")
 # For modules that do not say how long a sequence may be.
 _DEFAULT_LENGTH = 2048
 
@@ -82,7 +84,7 @@ def describe(model: torch.nn.Module) -> ModelInfo:
         return result.logits
 
     text = config.get_text_config()
-    length = getattr(text, "max_position_embeddings", None) or getattr(text, "n_positions", None) or _DEFAULT_LENGTH
+    length = next((n for name in _LENGTHS if (n := getattr(text, name, None))), _DEFAULT_LENGTH)
     embedding: Any = model.get_input_embeddings()  # type: ignore[operator]
     generation = getattr(model, "generation_config", None)
     eos = getattr(generation, "eos_token_id", None)

@@ -87,6 +87,10 @@ def _no_alibi(model: PreTrainedModel) -> None:
         block.register_forward_pre_hook(zero, with_kwargs=True)
 
 
+def _no_alibi_table(model: PreTrainedModel) -> None:
+    model.transformer.build_mpt_alibi_tensor = lambda heads, length, *_, **__: torch.zeros(heads, 1, length)
+
+
 def _rope(theta: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, **more}
 
@@ -268,6 +272,21 @@ ENTRIES: dict[str, Entry] = {
         "ALiBi's slopes for a number of heads that is no power of two",
         {"alibi": _no_alibi},
         seed=13,
+    ),
+    "mpt": Entry(
+        "MptConfig",
+        "MptForCausalLM",
+        {
+            **_NO_SPECIAL_TOKENS,
+            "vocab_size": VOCABULARY,
+            "max_seq_len": 256,
+            "d_model": 64,
+            "n_layers": 2,
+            "n_heads": 4,
+        },
+        "ALiBi looked up in a table of the longest sequence; scores under masked_fill; norms without a bias",
+        {"alibi": _no_alibi_table},
+        seed=17,
     ),
     "phi3": Entry(
         "Phi3Config",
