@@ -201,7 +201,7 @@ def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
             constant = getattr(gm, name)
             if not isinstance(constant, torch.Tensor):
                 raise UnsupportedError("the graph holds a constant that is no tensor", operation=name)
-            how = {"dtype": constant.dtype, "device": constant.device}
+            how: dict[str, Any] = {"dtype": constant.dtype, "device": constant.device}
             if constant.ndim == 0:
                 with gm.graph.inserting_before(node):
                     found[name] = gm.graph.call_function(aten.full.default, ([], constant.item()), how)
