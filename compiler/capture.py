@@ -192,7 +192,7 @@ def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
     One without dimensions becomes the op that makes it, in which passes see the number.
     """
     mode, found = fake_mode(gm.graph), dict[str, Node]()
-    constants = []
+    constants: list[torch.Tensor] = []
     for node in list(gm.graph.nodes):
         if node.op != "get_attr":
             continue
