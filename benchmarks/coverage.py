@@ -185,7 +185,12 @@ def _difference(ours: Tensor, theirs: Tensor) -> float:
     """The largest difference in standard deviations; infinite where shapes or finiteness differ."""
     if ours.shape != theirs.shape or not bool(ours.isfinite().all()):
         return float("inf")
-    return float((ours - theirs).abs().max() / theirs.std())
+    return float((ours - theirs).abs().max()) / _spread(theirs)
+
+
+def _spread(logits: Tensor) -> float:
+    """Their standard deviation; of a single one (one text beside one image), its size."""
+    return float(logits.std() if logits.numel() > 1 else logits.abs().max())
 
 
 class Eager:
@@ -195,7 +200,7 @@ class Eager:
         self.model = build(model_type)
         self.forward = _forward_of(self.model, self.model.forward)
         self.logits = {shape: self.forward(inputs(self.model, *shape)) for shape in shapes}
-        if not all(bool(e.isfinite().all()) and float(e.std()) > 1e-3 for e in self.logits.values()):
+        if not all(bool(e.isfinite().all()) and _spread(e) > 1e-3 for e in self.logits.values()):
             raise ArithmeticError("logits of the eager model are not finite, or all the same")
         self.tokens = _greedy(self.forward, inputs(self.model, *SHAPES[0]))
 

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import math
 import sys
 from pathlib import Path
 from typing import Any
 
 import compile_cpu
 import compile_models
+import coverage
 import pytest
 import torch
 from coverage import FlopCount, measure
@@ -213,6 +215,14 @@ def test_the_sweep_counts_what_reaches_aten() -> None:
     with FlopCount() as count, torch.no_grad():
         torch.ops.llmopt.linear(x, [w], [None])  # a reference, not a kernel
     assert count.own == {"llmopt.linear": 1} and count.total == 2 * 3 * 5 * 8
+
+
+def test_a_single_logit_is_compared_by_its_size() -> None:
+    """CLIP has one, for one text beside one image."""
+    one, more = torch.tensor([[-4.0]]), torch.tensor([[1.0, 3.0]])
+    assert coverage._difference(one + 1, one) == 0.25
+    assert coverage._difference(more + 1, more) == pytest.approx(0.5**0.5)
+    assert coverage._difference(more / 0, more) == math.inf
 
 
 @pytest.mark.parametrize("name", ["gpt2", "ViTForImageClassification"])
