@@ -3,7 +3,7 @@
 Every type is built tiny (`tiny_models.py`) and runs in a process of its own, forked after the imports: eager beside
 `torch.compile(..., backend="llmopt", dynamic=True)` in float32, at several shapes and over greedy tokens. Counted are
 the graphs, what runs on ATen and why, and the share of the FLOPs of matrix products and attention that llmopt's kernels
-compute. Compilers' caches lie beside the records: empty when a sweep begins, and shared by its types.
+compute. Compilers' caches lie beside the records, and types share them.
 
     python benchmarks/coverage.py --jobs 2             # all types; finished ones are not run again
     python benchmarks/coverage.py --inductor           # Inductor, for the types without its results
@@ -38,6 +38,7 @@ from typing import Any
 import torch
 import transformers
 from coverage_table import Record, summary, table
+from harness import conditions, revision
 from tiny_models import FIRST_TOKEN, OTHERS, TYPES, build, class_of, inputs
 from torch import Tensor
 from torch._dynamo.utils import counters
@@ -256,7 +257,7 @@ def _graphs(record: Record) -> None:
 
 def measure(model_type: str, shapes: Shapes, save: Callable[[Record], None]) -> Record:
     """llmopt's results for one type, in this process. `save` gets what is known so far before each longer step."""
-    record: Record = {"type": model_type, "class": class_of(model_type)}
+    record: Record = {"type": model_type, "class": class_of(model_type), "revision": revision()}
     record["shapes"] = [list(shape) for shape in shapes]
 
     def reached(step: str) -> None:
@@ -382,11 +383,10 @@ def _records(folder: Path) -> Iterator[Record]:
 
 def render(folder: Path) -> None:
     """Writes results/coverage.json and .md from the records that there are."""
-    from harness import conditions
-
     records = list(_records(folder))
     where = conditions(shapes=[list(shape) for shape in SHAPES], new_tokens=NEW_TOKENS, tolerance=TOLERANCE)
     _save({"conditions": where, "summary": dict(summary(records)), "types": records}, RESULTS / "coverage.json")
+    where["revision"] = ", ".join(dict.fromkeys(r["revision"] for r in records if "revision" in r))
     named = ("time", "revision", "cpu", "cores", "instruction_set", "torch", "transformers")
     text = table(records, SHAPES, TOLERANCE, {name: where[name] for name in named})
     (RESULTS / "coverage.md").write_text(text, "utf-8")

@@ -134,7 +134,8 @@ def cpu_model() -> str:
     return platform.processor() or platform.machine()
 
 
-def _revision() -> str:
+def revision() -> str:
+    """The commit that runs, as `git describe` names it."""
     answer = subprocess.run(
         ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
     )
@@ -152,7 +153,7 @@ def conditions(**more: Any) -> dict[str, Any]:
     """Versions, machine, threads and time; `more` adds the benchmark's own (shapes, dtype, bits per weight)."""
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "revision": _revision(),
+        "revision": revision(),
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

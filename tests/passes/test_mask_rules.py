@@ -116,6 +116,19 @@ def test_several_terms_are_one_rule() -> None:
     assert rule_of(causal, window) == MaskRule(True, 6)
 
 
+@pytest.mark.parametrize("longest", [20, 256])
+def test_a_bias_out_of_a_table_of_the_longest_sequence(longest: int) -> None:
+    """Whether table and scores are of one length shows only at lengths that the table has."""
+
+    def bias(n: int) -> Tensor:
+        table = torch.arange(1 - longest, 1) * 0.5 ** torch.arange(1, HEADS + 1)[:, None, None]
+        return table[:, :, max(0, longest - n) :]
+
+    rule = rule_of(bias, causal)
+    assert isinstance(rule, MaskRule), rule
+    assert rule.causal and rule.alibi_slopes == pytest.approx([0.5, 0.25, 0.125, 0.0625])
+
+
 @pytest.mark.parametrize("heads", [1, 4, 6])
 def test_alibi_slopes(heads: int) -> None:
     def bias(n: int) -> Tensor:
