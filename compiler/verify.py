@@ -202,11 +202,13 @@ def _sample_step(nodes: Sequence[Node], rng: torch.Generator) -> list[Any]:
 def compare_graphs(before: fx.Graph, after: fx.Graph, inputs: Sequence[Any], name: str, budget: float) -> float:
     """Largest difference of two graphs on `inputs`, in units of the dtype's tolerance.
 
+    Both draw the same random numbers, as long as they draw equally many in the same order.
     Raises VerificationError, with the name of the pass, when it exceeds `budget` or a shape or dtype differs.
     """
     results = []
     for graph in (before, after):
-        with torch.no_grad():
+        with torch.no_grad(), torch.random.fork_rng(range(torch.cuda.device_count())):
+            torch.manual_seed(0)
             results.append(fx.Interpreter(fx.GraphModule({}, graph)).run(*copy.deepcopy(list(inputs))))
     worst = 0.0
     for index, (old, new) in enumerate(zip(*results, strict=True)):
@@ -221,7 +223,7 @@ def compare_graphs(before: fx.Graph, after: fx.Graph, inputs: Sequence[Any], nam
         tolerance = DEFAULT_TOLERANCES.get(old.dtype, DEFAULT_TOLERANCES[torch.float32])
         # Whole models accumulate: the bound of a single op, relative to the largest entry.
         scale = tolerance.atol * 10 + tolerance.rtol * 10 * float(
-            old.double().abs().nan_to_num(0.0, 0.0, 0.0).max() if old.numel() else 0
+            _as_double(old).abs().nan_to_num(0.0, 0.0, 0.0).max() if old.numel() else 0
         )
         error = _largest_difference(old, new) / scale
         worst = max(worst, error)
@@ -232,10 +234,15 @@ def compare_graphs(before: fx.Graph, after: fx.Graph, inputs: Sequence[Any], nam
     return worst
 
 
+def _as_double(x: torch.Tensor) -> torch.Tensor:
+    """The entries in float64; those of a complex tensor as pairs of numbers."""
+    return (torch.view_as_real(x.resolve_conj()) if x.is_complex() else x).double()
+
+
 def _largest_difference(old: torch.Tensor, new: torch.Tensor) -> float:
     """Largest difference of entries; infinite where one is NaN or infinite and the other is not the same."""
     if not old.numel():
         return 0.0
-    a, b = old.double(), new.double()
+    a, b = _as_double(old), _as_double(new)
     same = (a == b) | (a.isnan() & b.isnan())
     return float((a - b).abs().nan_to_num(float("inf")).masked_fill(same, 0.0).max())

@@ -220,6 +220,20 @@ def test_compare_graphs_accepts_equal_infinities_and_rounding() -> None:
     assert 0 < compare_graphs(_identity(), _identity(lambda x: x * (1 + 1e-6)), [torch.randn(3, 4)], "p", 1.0) < 1
 
 
+def test_compare_graphs_draws_the_same_random_numbers_for_both() -> None:
+    x = torch.randn(3, 4)
+    graph = catch(lambda x: x + torch.rand_like(x), x).graph
+    state = torch.get_rng_state()
+    assert compare_graphs(graph, graph, [x], "itself", 0.0) == 0.0
+    assert torch.equal(torch.get_rng_state(), state), "the caller's generator goes on where it was"
+
+
+def test_compare_graphs_sees_imaginary_parts() -> None:
+    graphs = [catch(lambda x, s=sign: torch.complex(x, s * x), torch.randn(3, 4)).graph for sign in (1.0, -1.0)]
+    with pytest.raises(VerificationError, match="times the tolerance"):
+        compare_graphs(*graphs, [torch.randn(3, 4)], "some_pass", 1.0)
+
+
 def test_sampled_inputs_fit_their_placeholders() -> None:
     def model(table: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         return table[ids].masked_fill(~mask[..., None], 0.0)
