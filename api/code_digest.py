@@ -35,6 +35,8 @@ _CALLED = ("forward", "__call__")
 _VERSIONED = sys.stdlib_module_names | {"torch", "builtins", "tqdm"}
 # Modules that code reaches through the package that they are in. Others come to be there when somebody imports them.
 _PARTS = frozenset({"torch.nn", "torch.nn.functional", "torch.fft", "torch.linalg", "torch.special"})
+# Where transformers read a model from: a copied folder holds the same model.
+_ORIGIN = ("_name_or_path", "name_or_path")
 _TORCH = str(Path(torch.__file__).parent)
 _STDLIB = (sysconfig.get_path("stdlib"), sysconfig.get_path("platstdlib"))
 
@@ -163,10 +165,15 @@ class _Walk:
             return f"{text} {self._refer(wrapped)}"
         if isinstance(value, nn.Module) or not _versioned(kind.__module__):
             state = getattr(value, "__dict__", None)
-            if isinstance(state, Mapping):  # a hash that an object keeps of itself is another one in each process
-                items = [item for item in state.items() if not str(item[0]).endswith("_hash")]
-                text += " " + self._all(itertools.chain.from_iterable(items))
+            if isinstance(state, Mapping):
+                text += " " + self._all(itertools.chain.from_iterable(filter(_is_state, state.items())))
         return text
+
+
+def _is_state(item: tuple[Any, Any]) -> bool:
+    """Whether an attribute has part; a hash that an object keeps of itself is another one in each process."""
+    name = str(item[0])
+    return not name.endswith("_hash") and name not in _ORIGIN
 
 
 def _name(cls: type) -> str:

@@ -86,6 +86,14 @@ def test_what_no_code_names_is_not_looked_at(monkeypatch: pytest.MonkeyPatch) ->
     assert code_digest(Inner()) == before
 
 
+def test_where_a_model_was_read_from_has_no_part() -> None:
+    here, there = build("llama"), build("llama")
+    there.config._name_or_path = there.name_or_path = "/another/folder"
+    assert code_digest(here) == code_digest(there)
+    there.config.rms_norm_eps = 0.5
+    assert code_digest(here) != code_digest(there)
+
+
 def test_what_progress_bars_hold_has_no_part(monkeypatch: pytest.MonkeyPatch) -> None:
     """A lock of all bars is made when the first is shown, which is between two loads of a model."""
     monkeypatch.setitem(TABLE, "scale", lambda x: tqdm.std.tqdm(x)._lock)
