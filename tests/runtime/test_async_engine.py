@@ -15,6 +15,7 @@ from typing import Any
 
 import pytest
 import torch
+from models.gate import HANGS_AFTER_S, Gate, until
 from models.zoo import build, prompts, reference_generate
 
 from llmopt import RequestOutput, RequestOutputKind, SamplingParams
@@ -22,10 +23,10 @@ from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
 from llmopt.errors import EngineDeadError, InputError, QueueFullError, RequestError
-from llmopt.runtime.async_engine import AsyncEngine
+from llmopt.runtime.async_engine import AsyncEngine, _Stop
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.generation import Job
-from llmopt.runtime.output_stream import OutputStream
+from llmopt.runtime.output_stream import OutputStream, is_last
 from llmopt.runtime.request import Request
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
@@ -55,20 +56,6 @@ def core_of(num_blocks: int = 0, **options: Any) -> EngineCore:
     return core
 
 
-class Gate:
-    """Holds an engine before its next step."""
-
-    def __init__(self, core: EngineCore) -> None:
-        self.open = threading.Event()
-        self.open.set()
-        self._step = core.step
-        core.step = self._gated  # type: ignore[method-assign]
-
-    def _gated(self) -> list[Request]:
-        assert self.open.wait(60)
-        return self._step()
-
-
 @asynccontextmanager
 async def running(core: EngineCore) -> AsyncIterator[AsyncEngine]:
     """An engine that must leave nothing behind."""
@@ -88,19 +75,18 @@ def assert_idle(engine: AsyncEngine) -> None:
     assert not engine._stepper.is_alive() and not engine._writer.is_alive()
 
 
-async def until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 60
-    while not condition():
-        assert time.monotonic() < deadline, "it never came to that"
-        await asyncio.sleep(0.002)
-
-
 async def outputs_of(stream: OutputStream) -> list[RequestOutput]:
     return [output async for output in stream]
 
 
 async def last_of(stream: OutputStream) -> RequestOutput:
     return (await outputs_of(stream))[-1]
+
+
+def num_generated(stream: OutputStream) -> int:
+    """Tokens of a stream's first continuation."""
+    sequences = stream.group.sequences
+    return sequences[0].request.num_generated if sequences else 0
 
 
 def tokens(output: RequestOutput) -> list[int]:
@@ -112,7 +98,7 @@ def in_loop(test: Callable[..., Coroutine[Any, Any, None]]) -> Callable[..., Non
 
     @functools.wraps(test)
     def run(**arguments: Any) -> None:
-        asyncio.run(asyncio.wait_for(test(**arguments), 120))
+        asyncio.run(asyncio.wait_for(test(**arguments), 2 * HANGS_AFTER_S))
 
     return run
 
@@ -185,28 +171,40 @@ async def test_several_loops_share_an_engine() -> None:
 @in_loop
 async def test_a_slow_consumer_gets_several_steps_as_one() -> None:
     (row,) = prompts([9])
-    async with running(core_of()) as engine:
+    core = core_of()
+    gate = Gate(core)
+    async with running(core) as engine:
         for kind in (RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA):
+            gate.close()
             stream = engine.submit(Job(row, LONG.replace(output_kind=kind)))
+            gate.hold_while(lambda: num_generated(stream) > 2)
             first = await anext(stream)
-            await until(lambda: not engine.core.has_unfinished and not engine._streams)
-            rest = await outputs_of(stream)
-            assert len(rest) == 1, "what was not fetched waits as one output"
-            given = tokens(first) + tokens(rest[0]) if kind is RequestOutputKind.DELTA else tokens(rest[0])
+            gate.open()
+            # Not only until all is computed: the end must have been delivered.
+            await until(lambda: stream._ended)
+            (rest,) = await outputs_of(stream)  # what was not fetched waits as one output
+            given = tokens(first) + tokens(rest) if kind is RequestOutputKind.DELTA else tokens(rest)
             assert given == reference_generate("llama", [row], 40)[0]
 
 
 @in_loop
 async def test_a_loop_that_is_blocked_collects_one_output_for_each_stream() -> None:
     (row,) = prompts([9])
-    async with running(core_of()) as engine:
+    core = core_of()
+    gate = Gate(core)
+    async with running(core) as engine:
+        gate.close()
         stream = engine.submit(Job(row, LONG))
+        gate.hold_while(lambda: num_generated(stream) > 2)
         await anext(stream)
-        deadline = time.monotonic() + 60
-        while engine._streams and time.monotonic() < deadline:
+        gate.open()
+        deadline = time.monotonic() + HANGS_AFTER_S
+        while not is_last(stream.mailbox._waiting.get(stream)):
+            assert time.monotonic() < deadline
             time.sleep(0.005)  # the loop does nothing meanwhile
         assert len(stream.mailbox._waiting) == 1
-        assert tokens((await outputs_of(stream))[-1]) == reference_generate("llama", [row], 40)[0]
+        (rest,) = await outputs_of(stream)
+        assert tokens(rest) == reference_generate("llama", [row], 40)[0]
 
 
 @in_loop
@@ -231,40 +229,48 @@ async def test_one_wake_up_for_all_requests_of_a_step() -> None:
 # ---- ends ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("phase", ["arrived", "queued", "prefill", "decode", "preempted", "forked", "finished"])
+# What holds as soon as a request of 20 tokens, which are computed in steps of at most 8, is in a phase.
+PHASES: dict[str, Callable[[OutputStream], bool]] = {
+    "arrived": lambda stream: True,
+    "queued": lambda stream: bool(stream.group.sequences),
+    "prefill": lambda stream: bool(stream.group.sequences) and stream.group.sequences[0].request.num_computed > 0,
+    "decode": lambda stream: num_generated(stream) > 2,
+    "preempted": lambda stream: num_generated(stream) > 2,
+    "forked": lambda stream: len(stream.group.sequences) == 3,
+    "finished": lambda stream: bool(stream.group.sequences) and stream.group.sequences[0].request.published[1],
+}
+
+
+@pytest.mark.parametrize("phase", PHASES)
 @pytest.mark.parametrize("how", ["abort", "close", "cancel"])
 @in_loop
 async def test_requests_end_in_every_phase(phase: str, how: str) -> None:
-    """The victim ends and its neighbour does not notice."""
+    """The victim ends, in a phase in which the engine is held, and its neighbour does not notice."""
     neighbour, row = prompts([7, 20])
     core = core_of(max_num_seqs=1 if phase == "queued" else 4, max_num_batched_tokens=8)
     gate = Gate(core)
     async with running(core) as engine:
-        if phase == "arrived":
-            gate.open.clear()
+        gate.close()
         other = asyncio.create_task(last_of(engine.submit(Job(neighbour, LONG))))
-        if phase == "arrived":
-            await until(lambda: core.scheduler.num_waiting == 1)
-        params = SamplingParams(temperature=1.5, seed=1, max_tokens=40, n=3) if phase == "forked" else LONG
+        await until(lambda: gate.holds)
+        params = {
+            "forked": SamplingParams(temperature=1.5, seed=1, max_tokens=40, n=3),
+            "finished": GREEDY,  # while its neighbour runs
+        }.get(phase, LONG)
         stream = engine.submit(Job(row, params, request_id="victim"))
         reader = asyncio.create_task(outputs_of(stream))
+        gate.hold_while(lambda: PHASES[phase](stream))
+        await until(lambda: gate.holds)
         sequences = stream.group.sequences
         if phase == "arrived":
             assert stream in engine._pending and not sequences
         elif phase == "queued":
-            await until(lambda: bool(sequences))
+            assert core.scheduler.num_waiting == 1
         elif phase == "prefill":
-            await until(lambda: bool(sequences) and sequences[0].request.num_computed > 0)
-        elif phase == "forked":
-            await until(lambda: len(sequences) == 3)
-        elif phase == "finished":
-            await until(lambda: bool(sequences) and sequences[0].request.published[1])
-        else:
-            await until(lambda: bool(sequences) and sequences[0].request.num_generated > 2)
-        if phase == "preempted":
+            assert 0 < sequences[0].request.num_computed < len(row)
+        elif phase == "preempted":
             with core._lock:
-                if sequences[0].request in core.scheduler.running:
-                    core.scheduler.preempt(sequences[0].request)
+                core.scheduler.preempt(sequences[0].request)
         if how == "abort":
             engine.abort("victim")
         elif how == "close":
@@ -274,12 +280,12 @@ async def test_requests_end_in_every_phase(phase: str, how: str) -> None:
         else:
             reader.cancel()
             stream.close()
-        gate.open.set()
+        gate.open()
         if how == "abort":
             seen = await reader
             assert seen[-1].finished
             reasons = {completion.finish_reason for completion in seen[-1].outputs}
-            assert reasons <= ({"abort", "length"} if phase in ("finished", "forked") else {"abort"})
+            assert reasons == {"length" if phase == "finished" else "abort"}
         assert tokens(await other) == reference_generate("llama", [neighbour], 40)[0]
         # The name is free again.
         await until(lambda: "victim" not in engine._streams)
@@ -294,16 +300,16 @@ async def test_a_full_queue_is_said_at_once() -> None:
     core = core_of(max_num_queued=2, max_num_seqs=1)
     gate = Gate(core)
     async with running(core) as engine:
-        gate.open.clear()
+        gate.close()
+        steps = core.program.num_steps
         streams = [engine.submit(Job(rows[0], GREEDY))]
-        await until(lambda: not engine._pending)
+        await until(lambda: gate.holds)
         streams.append(engine.submit(Job(rows[1], GREEDY)))
-        begin = time.monotonic()
         with pytest.raises(QueueFullError, match="2 requests wait, max_num_queued is 2"):
             engine.submit(Job(rows[2], GREEDY))
-        assert time.monotonic() - begin < 30, "without waiting for the step"
+        assert gate.holds and core.program.num_steps == steps, "without waiting for the step"
         assert engine.metrics().num_requests_waiting == 2
-        gate.open.set()
+        gate.open()
         answers = await asyncio.gather(*map(last_of, streams))
         assert [*map(tokens, answers)] == reference_generate("llama", rows[:2], 8)
         assert tokens(await last_of(engine.submit(Job(rows[2], GREEDY)))) == reference_generate("llama", rows, 8)[2]
@@ -323,7 +329,7 @@ async def test_what_cannot_be_served_is_said_at_once() -> None:
     core = core_of(num_blocks=6)
     gate = Gate(core)
     async with running(core) as engine:
-        gate.open.clear()
+        gate.close()
         stream = engine.submit(Job([1, 2, 3], GREEDY, request_id="a"))
         for job, message in (
             (Job([], GREEDY), "empty"),
@@ -339,7 +345,7 @@ async def test_what_cannot_be_served_is_said_at_once() -> None:
             with pytest.raises(InputError, match=message):
                 engine.submit(job)
         assert engine.metrics().num_steps == core.program.num_steps
-        gate.open.set()
+        gate.open()
         assert tokens(await last_of(stream)) == reference_generate("llama", [[1, 2, 3]], 8)[0]
 
 
@@ -402,7 +408,7 @@ async def test_the_death_of_the_engine_reaches_everybody(culprit: str) -> None:
         await outputs_of(engine.submit(Job(rows[0], GREEDY.replace(max_tokens=None))))
 
     gate = Gate(core)
-    gate.open.clear()
+    gate.close()
     tasks = [asyncio.create_task(outputs_of(engine.submit(Job(row, GREEDY)))) for row in rows]
     other = asyncio.create_task(asyncio.to_thread(serve_elsewhere))
     await until(lambda: len(engine._streams) == 4)
@@ -414,7 +420,7 @@ async def test_the_death_of_the_engine_reaches_everybody(culprit: str) -> None:
         core.scheduler.commit = evil  # type: ignore[method-assign]
     else:
         engine._outcome = evil  # type: ignore[method-assign]
-    gate.open.set()
+    gate.open()
     for task in tasks:
         with pytest.raises(EngineDeadError, match="MemoryError: an evil day") as caught:
             await task
@@ -434,12 +440,17 @@ async def test_the_death_of_the_engine_reaches_everybody(culprit: str) -> None:
 @in_loop
 async def test_shutdown_under_load(drain: bool) -> None:
     rows = prompts([5] * 12)
-    engine = AsyncEngine(core_of(max_num_seqs=2))
+    core = core_of(max_num_seqs=2)
+    gate = Gate(core)
+    gate.hold_while(lambda: core.metrics().requests_finished > 2)
+    engine = AsyncEngine(core)
     params = [GREEDY] * 12 if drain else [GREEDY] * 4 + [LONG] * 8
     jobs = [Job(row, each) for row, each in zip(rows, params, strict=True)]
     tasks = [asyncio.create_task(last_of(engine.submit(job))) for job in jobs]
-    await until(lambda: engine.metrics().requests_finished > 2)
+    await until(lambda: gate.holds)
     ends = [asyncio.create_task(asyncio.to_thread(engine.shutdown, drain=drain)) for _ in range(3)]
+    await until(lambda: engine._stop is (_Stop.DRAIN if drain else _Stop.ABORT))
+    gate.open()
     await asyncio.gather(*ends)
     assert_idle(engine)
     with pytest.raises(EngineDeadError, match="was shut down"):
@@ -460,37 +471,34 @@ async def test_shutdown_under_load(drain: bool) -> None:
 async def test_draining_has_an_end() -> None:
     core = core_of()
     gate = Gate(core)
+    gate.close()
     engine = AsyncEngine(core)
     task = asyncio.create_task(last_of(engine.submit(Job([1, 2], LONG))))
-    await asyncio.sleep(0)
-    await until(lambda: core.has_unfinished)
-    gate.open.clear()
+    await until(lambda: gate.holds)
     end = asyncio.create_task(asyncio.to_thread(engine.shutdown, drain=True, timeout=0.05))
-    await asyncio.sleep(0.2)
-    gate.open.set()
+    await until(lambda: engine._stop is _Stop.ABORT)
+    gate.open()
     await end
-    assert (await task).outputs[0].finish_reason in ("abort", "length")
+    assert (await task).outputs[0].finish_reason == "abort"
     assert_idle(engine)
 
 
-def test_a_closed_loop_ends_its_requests() -> None:
+@in_loop
+async def test_a_closed_loop_ends_its_requests() -> None:
     core = core_of()
     gate = Gate(core)
+    gate.close()
     engine = AsyncEngine(core)
-    gate.open.clear()
 
     async def leave() -> OutputStream:
         return engine.submit(Job([1, 2, 3], LONG))
 
-    stream = asyncio.run(leave())
-    gate.open.set()
-    deadline = time.monotonic() + 60
-    while core.has_unfinished or engine._streams:
-        assert time.monotonic() < deadline
-        time.sleep(0.005)
+    stream = await asyncio.to_thread(asyncio.run, leave())
+    # It cannot end before somebody has noticed.
+    gate.hold_while(lambda: num_generated(stream) > 2 and not engine._cancelled)
+    await until(lambda: not core.has_unfinished and not engine._streams)
     assert core.metrics().requests_aborted == 1
-    del stream
-    engine.shutdown()
+    await asyncio.to_thread(engine.shutdown)
     assert_idle(engine)
 
 
@@ -498,6 +506,11 @@ def test_a_closed_loop_ends_its_requests() -> None:
 async def test_requests_leave_no_objects_behind() -> None:
     rows = prompts([5] * 6)
     others = [thing for thing in gc.get_objects() if type(thing) is OutputStream]  # of a test that failed
+
+    def left() -> list[Any]:
+        gc.collect()
+        return [thing for thing in gc.get_objects() if type(thing) is OutputStream and thing not in others]
+
     async with running(core_of()) as engine:
 
         async def use() -> None:
@@ -505,8 +518,7 @@ async def test_requests_leave_no_objects_behind() -> None:
             for stream in streams[:3]:
                 stream.close()
             await asyncio.gather(*map(last_of, streams[3:]))
-            await until(lambda: not engine._streams and not engine.core.has_unfinished)
 
         await use()
-        gc.collect()
-        assert not [thing for thing in gc.get_objects() if type(thing) is OutputStream and thing not in others]
+        # Not at once: the writing thread may still have an end in its hands.
+        await until(lambda: not left())
