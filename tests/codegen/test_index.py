@@ -72,7 +72,7 @@ def test_sympy_forms_keep_their_value(expression: sympy.Expr, expected: int) -> 
     assert ix.from_json(json.loads(json.dumps(ix.to_json(index))), NAMES) == index
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(indices, st.integers(0, 50), st.integers(0, 50))
 def test_forms_agree(index: ix.Index, first: int, second: int) -> None:
     values = {"s0": first, "s77": second}

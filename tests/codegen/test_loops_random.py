@@ -81,7 +81,7 @@ def _check(data: st.DataObject, variant: str) -> None:
 
 
 def _settings(examples: int) -> settings:
-    return settings(max_examples=examples, deadline=None, derandomize=True, suppress_health_check=list(HealthCheck))
+    return settings(max_examples=examples, suppress_health_check=list(HealthCheck))
 
 
 @_settings(25)

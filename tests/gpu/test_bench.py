@@ -49,5 +49,5 @@ def test_what_is_there_is_not_measured_again(
 def test_a_part_that_breaks_is_reported(tmp_path: Path) -> None:
     if torch.cuda.is_available():
         pytest.skip("with a GPU the part runs")
-    found = gpu_bench.run_part("gemv", 60, tmp_path / "gpu.json")
+    found = gpu_bench.run_part("gemv", 600, tmp_path / "gpu.json")
     assert "needs an NVIDIA GPU" in found["failed"]

@@ -64,7 +64,7 @@ def test_topk_orders_nan_infinities_and_zeros() -> None:
 @pytest.mark.parametrize("dtype", CPP_TYPE, ids=str)
 def test_softmax(dtype: torch.dtype, variant: str) -> None:
     for (rows, cols), threads, out_type in itertools.product(
-        ((1, 1), (1, 7), (5, 64), (3, 1003)), (1, 2), {dtype, torch.float32}
+        ((1, 1), (1, 7), (5, 64), (3, 1003)), (1, 2), dict.fromkeys((dtype, torch.float32))
     ):
         x = (torch.randn(rows, cols + 1) * 5).to(dtype)[:, :cols]
         out = torch.zeros(rows, cols + 2, dtype=out_type)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable
 from typing import Any
 
@@ -74,7 +73,7 @@ def test_causal(name: str) -> None:
 
 @pytest.mark.parametrize("window", [1, 2, 3, 7, 16, 17, 100, 1023, 4096])
 def test_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A window of 4096 needs neither a mask of 4096 by 4096 nor time."""
+    """A window of 4096 needs neither a mask of 4096 by 4096 nor many smaller ones."""
     (mask,) = masks_of(lambda n: causal(n) & (pair(n)[1] > pair(n)[0] - window))
     sizes: list[int] = []
 
@@ -90,10 +89,9 @@ def test_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
 
     record("at")
     record("whole")
-    start = time.perf_counter()
     assert infer_rule([Term(mask)], HEADS) == MaskRule(True, window)
-    assert time.perf_counter() - start < 10
     assert sizes and max(sizes) <= max(20_000, 4 * window)
+    assert sum(sizes) <= 100 * max(1000, window)
 
 
 @pytest.mark.parametrize(

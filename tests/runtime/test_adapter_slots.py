@@ -36,7 +36,7 @@ def test_a_slot_that_is_used_is_never_taken() -> None:
         slots.check([])
 
 
-@settings(max_examples=100, deadline=None)
+@settings(max_examples=100)
 @given(
     loads=st.lists(
         st.tuples(

@@ -226,19 +226,19 @@ class Events(RuleBasedStateMachine):
                 assert each.finish_reason in ("length", "abort", "error")
 
 
-Events.TestCase.settings = settings(
-    max_examples=250, stateful_step_count=40, deadline=None, suppress_health_check=list(HealthCheck)
-)
+Events.TestCase.settings = settings(max_examples=250, stateful_step_count=40, suppress_health_check=list(HealthCheck))
 TestEvents = Events.TestCase
 
 
 @pytest.mark.slow
 def test_many_more_orders_of_events() -> None:
-    many = settings(max_examples=4000, stateful_step_count=60, deadline=None, suppress_health_check=list(HealthCheck))
+    many = settings(
+        max_examples=4000, stateful_step_count=60, derandomize=False, suppress_health_check=list(HealthCheck)
+    )
     run_state_machine_as_test(Events, settings=many)
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(
     lengths=st.lists(st.tuples(st.integers(1, 40), st.integers(1, 20), st.integers(0, 3)), min_size=1, max_size=8),
     blocks=st.integers(16, 40),

@@ -151,7 +151,7 @@ ALPHABET = st.one_of(
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_text_streams_without_a_broken_character(name: str, data: st.DataObject) -> None:
     chosen, text = CODECS[name](), data.draw(st.text(ALPHABET, max_size=30))
@@ -166,7 +166,7 @@ def test_any_text_streams_without_a_broken_character(name: str, data: st.DataObj
 
 
 @pytest.mark.parametrize("name", CODECS)
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=150)
 @given(data=st.data())
 def test_any_tokens_give_the_text_that_they_have_together(name: str, data: st.DataObject) -> None:
     """Also bytes that are no text; then it matters that nothing is held for ever."""
@@ -184,7 +184,7 @@ def test_any_tokens_give_the_text_that_they_have_together(name: str, data: st.Da
     assert most < 12
 
 
-@settings(max_examples=200, deadline=None)
+@settings(max_examples=200)
 @given(
     text=st.text("ab🙂é ", max_size=25),
     stops=st.lists(st.text("ab🙂é ", min_size=1, max_size=4), min_size=1, max_size=3),
