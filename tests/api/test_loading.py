@@ -113,9 +113,20 @@ print(sum(weights.values()), peak, anonymous("VmHWM") - before)
 """
 
 
+# Whole huge pages, where the system gives them unasked, would count as memory that was never touched.
+_SMALL_PAGES = """
+import ctypes, sys
+PR_SET_THP_DISABLE = 41  # since Linux 3.15
+if sys.platform == "linux":
+    ctypes.CDLL(None).prctl(PR_SET_THP_DISABLE, 1, 0, 0, 0)
+"""
+
+
 def numbers(code: str, *arguments: str | Path) -> list[int]:
     """What the code prints in a process of its own, whose memory nothing else has touched."""
-    ran = subprocess.run([sys.executable, "-c", code, *arguments], capture_output=True, text=True, check=False)
+    ran = subprocess.run(
+        [sys.executable, "-c", _SMALL_PAGES + code, *arguments], capture_output=True, text=True, check=False
+    )
     assert ran.returncode == 0, ran.stderr
     return [int(word) for word in ran.stdout.split()]
 
@@ -134,7 +145,7 @@ def test_loading_takes_the_result_and_one_shard(sharded: Path) -> None:
     assert resident < weights + SHARD
     assert allocated < SHARD
     weights, allocated, resident = measure(sharded, "float32")
-    assert weights < allocated < weights + SHARD
+    assert 0.95 * weights < allocated < weights + SHARD  # what was free before may be used again
     assert resident < weights + 2 * SHARD, "what has been converted has left memory"
 
 

@@ -9,6 +9,8 @@ import multiprocessing
 import os
 import shutil
 import stat
+import subprocess
+import sys
 import threading
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -200,22 +202,36 @@ def test_threads_that_find_an_unusable_folder_at_once(
     assert len(caplog.records) == 1
 
 
-def _write(start: multiprocessing.synchronize.Barrier) -> str:
-    start.wait(60)
-    return str(build_library([SOURCE]))
+# A process without PyTorch, which begins when it is told to and prints where the library is.
+_WRITER = """
+import sys
+from llmopt.codegen.cpu.toolchain import build_library
+print("ready", flush=True)
+source = sys.stdin.read()
+print(build_library([source]))
+"""
 
 
 def test_32_processes_write_at_once(folder: Path) -> None:
-    context = multiprocessing.get_context("fork")
-    start = context.Barrier(32)
-    answers = context.SimpleQueue()
-    children = [context.Process(target=lambda: answers.put(_write(start))) for _ in range(32)]
-    for child in children:
-        child.start()
-    paths = {answers.get() for _ in children}
-    for child in children:
-        child.join(60)
-        assert child.exitcode == 0
+    command = [sys.executable, "-c", _WRITER]
+    with contextlib.ExitStack() as stack:
+        writers = [
+            stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
+            for _ in range(32)
+        ]
+        for writer in writers:
+            stack.callback(writer.kill)  # before it is waited for, where another one has failed
+        for writer in writers:
+            assert writer.stdout is not None and writer.stdout.readline() == "ready\n"
+        for writer in writers:
+            assert writer.stdin is not None
+            writer.stdin.write(SOURCE)
+            writer.stdin.close()
+        paths = set()
+        for writer in writers:
+            assert writer.stdout is not None
+            paths.add(writer.stdout.read().strip())
+            assert writer.wait(60) == 0
     (path,) = map(Path, paths)
     assert path.parent == folder
     assert workers(path) == 1
