@@ -74,7 +74,7 @@ def table(
         "attention in eager mode; the share is what does not reach ATen. Compile time is that of the first call, "
         "beside other work and with what other types left in the caches: it says how long one waits, and compares "
         "nothing (`compile_cpu.py` does). Inductor runs without a batch of 1. "
-        "`python benchmarks/coverage.py` makes this file.",
+        "`python benchmarks/model_coverage.py` makes this file.",
         "",
         ", ".join(f"{name} {value}" for name, value in conditions.items()),
         "",

@@ -13,12 +13,12 @@ from typing import Any
 
 import compile_cpu
 import compile_models
-import coverage
+import model_coverage
 import pytest
 import torch
-from coverage import SHAPES, FlopCount, measure
 from coverage_table import summary, table
 from harness import Contestant, Result, conditions, run_rounds, save
+from model_coverage import SHAPES, FlopCount, measure
 from models.zoo import build, greedy, prompts
 from peers import StepDecoder, eager_decoder, inductor_decoder
 from probe import Probe
@@ -222,9 +222,9 @@ def test_the_sweep_counts_what_reaches_aten() -> None:
 def test_a_single_logit_is_compared_by_its_size() -> None:
     """CLIP has one, for one text beside one image."""
     one, more = torch.tensor([[-4.0]]), torch.tensor([[1.0, 3.0]])
-    assert coverage._difference(one + 1, one) == 0.25
-    assert coverage._difference(more + 1, more) == pytest.approx(0.5**0.5)
-    assert coverage._difference(more / 0, more) == math.inf
+    assert model_coverage._difference(one + 1, one) == 0.25
+    assert model_coverage._difference(more + 1, more) == pytest.approx(0.5**0.5)
+    assert model_coverage._difference(more / 0, more) == math.inf
 
 
 @pytest.mark.parametrize("name", ["gpt2", "ViTForImageClassification"])
@@ -244,14 +244,14 @@ def test_the_sweep_of_one_type(name: str) -> None:
 def test_the_sweep_adds_to_what_is_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """llmopt's results stay when Inductor's come later, and when Inductor's process dies."""
     found = {"type": "gpt2", "status": "right", "compile_s": 1.0}
-    run = functools.partial(coverage._run, "gpt2", tmp_path, 60.0, shapes=SHAPES, end=math.inf)
-    monkeypatch.setattr(coverage, "measure", lambda *_: found)
+    run = functools.partial(model_coverage._run, "gpt2", tmp_path, 60.0, shapes=SHAPES, end=math.inf)
+    monkeypatch.setattr(model_coverage, "measure", lambda *_: found)
     assert run(inductor=False) == found
-    monkeypatch.setattr(coverage, "measure", lambda *_: pytest.fail("measured again"))
-    monkeypatch.setattr(coverage, "measure_inductor", lambda *_: os._exit(3))
+    monkeypatch.setattr(model_coverage, "measure", lambda *_: pytest.fail("measured again"))
+    monkeypatch.setattr(model_coverage, "measure_inductor", lambda *_: os._exit(3))
     died = run(inductor=True)
     assert died is not None and died["status"] == "right" and "exit status 3" in died["inductor"]["error"]
-    monkeypatch.setattr(coverage, "measure_inductor", lambda *_: {"right": True, "compile_s": 2.0})
+    monkeypatch.setattr(model_coverage, "measure_inductor", lambda *_: {"right": True, "compile_s": 2.0})
     assert run(inductor=True) == found | {"inductor": {"right": True, "compile_s": 2.0}}
 
 

@@ -124,9 +124,8 @@ if sys.platform == "linux":
 
 def numbers(code: str, *arguments: str | Path) -> list[int]:
     """What the code prints in a process of its own, whose memory nothing else has touched."""
-    ran = subprocess.run(
-        [sys.executable, "-c", _SMALL_PAGES + code, *arguments], capture_output=True, text=True, check=False
-    )
+    command = [sys.executable, "-c", _SMALL_PAGES + code, *arguments]
+    ran = subprocess.run(command, capture_output=True, text=True, check=False)
     assert ran.returncode == 0, ran.stderr
     return [int(word) for word in ran.stdout.split()]
 

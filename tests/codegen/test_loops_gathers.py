@@ -73,6 +73,15 @@ def test_an_index_outside_is_an_error(function: Callable[..., Any], index: list[
         compiled(torch.randn(5, 3), torch.tensor(index))
 
 
+@pytest.mark.parametrize("outside", [5, -6])
+def test_a_kernel_checks_its_bounds(outside: int) -> None:
+    """The same of the loop alone: also in Triton's interpreter, where no model is compiled."""
+    x = torch.randn(5, 3)
+    program = check(lambda x, i: x[i] + 1, x, torch.tensor([0, 4]))
+    with pytest.raises(KernelError, match="out of range"):
+        program(x, torch.tensor([0, outside]))
+
+
 def test_kernels_of_gathers_are_written_and_read() -> None:
     program = check(lambda x, i: x[i.clamp(min=0)] * 2, torch.randn(5, 3), torch.tensor([0, 4]))
     for group in program.plan.groups:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import fx
@@ -16,8 +17,10 @@ from llmopt.runtime.cuda_executable import CudaExecutable
 
 CUDA = torch.device("cuda", 0)
 
-# Python's `~` asks for the device in C++, which a PyTorch without CUDA refuses; the op behind it does not.
-FakeTensor.__invert__ = lambda self: torch.bitwise_not(self)  # type: ignore[assignment, method-assign]
+
+def _inverting() -> Any:
+    """Python's `~` asks for the device in C++, which a PyTorch without CUDA refuses; the op behind it does not."""
+    return mock.patch.object(FakeTensor, "__invert__", lambda self: torch.bitwise_not(self))
 
 
 # KV formats that the GPU kernels refuse, with a reason.
@@ -29,6 +32,7 @@ def is_refused(sample: Sequence[Any]) -> bool:
     return any(item in QUANTIZED for item in sample if isinstance(item, str))
 
 
+@_inverting()
 def to_cuda(graph: fx.Graph) -> fx.Graph:
     """The graph as it is captured from a model on a GPU: all its values are fake CUDA tensors."""
     mode = fake_mode(graph)
@@ -48,6 +52,7 @@ def to_cuda(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
+@_inverting()
 def lower_for_cuda(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
     """The CUDA program of a graph captured on the CPU."""
     on_gpu = any(is_tensor(n) and n.meta["val"].is_cuda for n in placeholders(graph))

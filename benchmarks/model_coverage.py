@@ -5,10 +5,10 @@ Every type is built tiny (`tiny_models.py`) and runs in a process of its own, fo
 the graphs, what runs on ATen and why, and the share of the FLOPs of matrix products and attention that llmopt's kernels
 compute. Compilers' caches lie beside the records, and types share them.
 
-    python benchmarks/coverage.py --jobs 2             # all types; finished ones are not run again
-    python benchmarks/coverage.py --inductor           # Inductor, for the types without its results
-    python benchmarks/coverage.py --types llama gpt2 --redo
-    python benchmarks/coverage.py --table              # only render results/coverage.{json,md}
+    python benchmarks/model_coverage.py --jobs 2             # all types; finished ones are not run again
+    python benchmarks/model_coverage.py --inductor           # Inductor, for the types without its results
+    python benchmarks/model_coverage.py --types llama gpt2 --redo
+    python benchmarks/model_coverage.py --table              # only render results/coverage.{json,md}
 """
 
 from __future__ import annotations
