@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import logging
 from collections.abc import Callable
@@ -16,6 +17,8 @@ BACKENDS: dict[str, dict[str, Any] | None] = {
     "eager": None,
     "dynamo": {"backend": "eager"},  # captures and compiles nothing: what every backend has of the capture
     "inductor": {"backend": "inductor"},
+    # Weights as constants, folded and packed when the model is compiled: Inductor's setting for inference on a CPU.
+    "inductor-freezing": {"backend": "inductor", "options": {"freezing": True}},
     "inductor-max-autotune": {"backend": "inductor", "mode": "max-autotune-no-cudagraphs"},
     "openvino": {
         "backend": "openvino",
@@ -66,10 +69,20 @@ def _refuse_dynamo_fallbacks() -> None:
     config.fail_on_recompile_limit_hit = True
 
 
-def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
-    """The model's forward as a peer of `BACKENDS` runs it, with static shapes: the best case for Inductor.
+def _settings(name: str) -> contextlib.AbstractContextManager[object]:
+    """What a peer needs beside its arguments: Dynamo takes weights for constants where the global setting says so."""
+    if name != "inductor-freezing":
+        return contextlib.nullcontext()
+    from torch._inductor import config
 
-    A peer that is not installed raises at its first call, as one that fails does.
+    return config.patch(freezing=True)
+
+
+def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
+    """The model's forward as a peer of `BACKENDS` runs it, with static shapes, which all of them do best with.
+
+    Only without gradients: with them "inductor-freezing" freezes nothing, and does not say so. A peer that is not
+    installed raises at its first call, as one that fails does.
     """
     arguments = BACKENDS[name]
     if arguments is None:
@@ -83,6 +96,7 @@ def compiled_forward(model: torch.nn.Module, name: str) -> Callable[..., Any]:
             if name == "openvino":
                 arguments["options"]["config"]["INFERENCE_NUM_THREADS"] = torch.get_num_threads()
             compiled.append(torch.compile(model.forward, dynamic=False, **arguments))
-        return compiled[0](**inputs)
+        with _settings(name):
+            return compiled[0](**inputs)
 
     return forward

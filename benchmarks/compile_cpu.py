@@ -10,8 +10,8 @@ in each round once with empty caches and once more with what that left in them, 
 everybody's; the forward itself (as long as a later call takes); and the rest, which is the compiler's own. `bert` and
 `vit` (BERT-base, 128 tokens; ViT-base, 224 x 224) measure samples per second at each batch size in interleaved rounds.
 Every part has each peer's peak memory as well, eager PyTorch's beside it (`peak_memory.py`). Weights are random and
-shared; sizes are static for everybody, which is what suits Inductor best. A part's result replaces the one in `--out`;
-the plot beside it shows all parts that are there.
+shared; sizes are static for everybody, which is what suits each of them best. A part's result replaces the one in
+`--out`; the plot beside it shows all parts that are there.
 
 OpenVINO's backend needs `pip install openvino`; it is no dependency. A peer that is not installed, does not work or
 hands the model to something else is listed with the reason. It takes no bfloat16; `--parts llama-float32` is for it.

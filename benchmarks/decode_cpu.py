@@ -4,8 +4,9 @@ usage: python benchmarks/decode_cpu.py [--dtype bfloat16] [--layers 16] [--conte
            [--threads 2] [--peers eager inductor llmopt] [--out benchmarks/results/decode_cpu.json]
 
 The weights are random (speed does not depend on their values, as long as they are not zero) and shared by all
-contestants but `llmopt-huge-pages`, which is llmopt with that option and moves its own copy. One unit of work is the
-same everywhere: one forward pass and the argmax of the last position, at batch 1.
+contestants but `llmopt-huge-pages`, which is llmopt with that option and moves its own copy, and `inductor-freezing`,
+which is Inductor with that setting and packs a copy. One unit of work is the same everywhere: one forward pass and the
+argmax of the last position, at batch 1.
 """
 
 from __future__ import annotations
@@ -14,8 +15,10 @@ import argparse
 import copy
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import Literal
 
 import torch
+from backends import BACKENDS
 from compile_models import build
 from harness import ROOT, Contestant, conditions, plot, print_table, run_rounds, save
 from peers import StepDecoder, contestant, eager_decoder, inductor_decoder
@@ -46,9 +49,19 @@ def eager(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contesta
     return contestant("eager", decoder, prompt, steps, attention=model.config._attn_implementation)
 
 
-def inductor(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
-    decoder = inductor_decoder(model, len(prompt) + steps)
-    return contestant("inductor", decoder, prompt, steps, attention=model.config._attn_implementation, dynamic=False)
+def inductor(
+    model: PreTrainedModel,
+    prompt: Sequence[int],
+    steps: int,
+    peer: Literal["inductor", "inductor-freezing"] = "inductor",
+) -> Contestant:
+    decoder = inductor_decoder(model, len(prompt) + steps, peer=peer)
+    attention = model.config._attn_implementation
+    return contestant(peer, decoder, prompt, steps, attention=attention, dynamic=False, **BACKENDS[peer] or {})
+
+
+def frozen_inductor(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
+    return inductor(model, prompt, steps, peer="inductor-freezing")
 
 
 def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int, huge_pages: bool = False) -> Contestant:
@@ -57,7 +70,15 @@ def step_program(model: PreTrainedModel, prompt: Sequence[int], steps: int, huge
     (graph,) = decoder.report.graphs
     fallbacks = sorted({fallback.op for fallback in graph.fallbacks})
     name = "llmopt-huge-pages" if huge_pages else "llmopt"
-    return contestant(name, decoder, prompt, steps, native_calls=graph.native_calls, aten_fallbacks=fallbacks)
+    return contestant(
+        name,
+        decoder,
+        prompt,
+        steps,
+        options={"huge_pages": huge_pages},
+        native_calls=graph.native_calls,
+        aten_fallbacks=fallbacks,
+    )
 
 
 def on_huge_pages(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> Contestant:
@@ -67,6 +88,7 @@ def on_huge_pages(model: PreTrainedModel, prompt: Sequence[int], steps: int) -> 
 PEERS: dict[str, Callable[[PreTrainedModel, Sequence[int], int], Contestant]] = {
     "eager": eager,
     "inductor": inductor,
+    "inductor-freezing": frozen_inductor,
     "llmopt": step_program,
     "llmopt-huge-pages": on_huge_pages,
 }
@@ -106,7 +128,8 @@ def main() -> None:
     result = run_rounds(contestants, options.rounds, setting, Probe(options.threads))
     read = bytes_per_token(model, options.context)
     title = f"Llama-3.2-1B shape, {options.layers} layers, {options.dtype}, context {options.context}, batch 1"
-    print_table(result, PHASES, title, [name for name in options.peers if name != "llmopt"], {"decode": read})
+    peers = [name for name in options.peers if not name.startswith("llmopt")]
+    print_table(result, PHASES, title, peers, {"decode": read})
     if options.out:
         out = options.out if options.out.is_absolute() else ROOT / options.out
         save(result, out)

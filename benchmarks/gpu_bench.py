@@ -184,8 +184,8 @@ def decode_1b() -> list[Row]:
     torch._inductor.config.triton.cudagraphs = True
     made: dict[str, tuple[float, float]] = {}
     decoders: dict[str, Callable[[], Decoder]] = {
-        "llmopt": lambda: StepDecoder(model, 512 + 2 * steps),
-        "static cache + Inductor": lambda: inductor_decoder(model, 512 + 2 * steps, prefill="eager"),
+        "llmopt": lambda: StepDecoder(model, 512 + steps),
+        "static cache + Inductor": lambda: inductor_decoder(model, 512 + steps, prefill="eager"),
     }
     for name, make in decoders.items():
         decoder = make()

@@ -11,6 +11,7 @@ import os
 import platform
 import statistics
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -91,7 +92,9 @@ class Result:
 
 
 def run_rounds(contestants: Sequence[Contestant], rounds: int, conditions: dict[str, Any], probe: Probe) -> Result:
-    """One untimed round each (compilation, page faults), then `rounds` rounds in turns.
+    """One untimed round each (compilation, page faults), then `rounds` rounds in turns, each begun by the next one.
+
+    Who runs first in a round, and after whom, would otherwise be the same in all of them.
 
     A contestant that raises is reported as failed, with its error, and takes no further part: a peer that does not work
     on this machine must not hide the others' figures, and not look fast either.
@@ -104,7 +107,8 @@ def run_rounds(contestants: Sequence[Contestant], rounds: int, conditions: dict[
         for index in range(rounds + 1):
             if index:
                 bandwidth.append(max(probe.read_gb_s() for _ in range(PROBE_PASSES)))
-            for contestant in contestants:
+            first = index % len(contestants)
+            for contestant in (*contestants[first:], *contestants[:first]):
                 bar.set_description(f"{contestant.name}, {f'round {index}' if index else 'warm-up'}")
                 bar.update()
                 if contestant.name in failures:
@@ -135,11 +139,15 @@ def cpu_model() -> str:
 
 
 def revision() -> str:
-    """The commit that runs, as `git describe` names it."""
-    answer = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=ROOT, capture_output=True, text=True, check=False
-    )
-    return answer.stdout.strip() or "unknown"
+    """The commit that runs, with "-dirty" where tracked files differ from it. Results of earlier runs do not count."""
+    commit = _git("describe", "--always")
+    changed = _git("status", "--porcelain", "--untracked-files=no", "--", ".", ":(exclude)benchmarks/results")
+    return f"{commit}-dirty" if changed else commit or "unknown"
+
+
+def _git(*arguments: str) -> str:
+    answer = subprocess.run(["git", *arguments], cwd=ROOT, capture_output=True, text=True, check=False)
+    return answer.stdout.strip()
 
 
 def _compiler() -> str:
@@ -150,10 +158,16 @@ def _compiler() -> str:
 
 
 def conditions(**more: Any) -> dict[str, Any]:
-    """Versions, machine, threads and time; `more` adds the benchmark's own (shapes, dtype, bits per weight)."""
+    """Versions, machine, threads and time; `more` adds the benchmark's own (shapes, dtype, bits per weight).
+
+    Warns of changes that are not committed: nobody could tell later what was measured.
+    """
+    commit = revision()
+    if commit.endswith("-dirty"):
+        print(f"warning: measuring uncommitted changes ({commit}); results to keep need a commit", file=sys.stderr)
     return {
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-        "revision": revision(),
+        "revision": commit,
         "cpu": cpu_model(),
         "cores": len(os.sched_getaffinity(0)),
         "threads": torch.get_num_threads(),

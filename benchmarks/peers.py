@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
+from backends import compiled_forward
 from compile_models import cache_name
 from harness import Contestant
 from torch import Tensor
@@ -92,14 +93,18 @@ def eager_decoder(model: PreTrainedModel, max_tokens: int) -> StaticDecoder:
 
 
 def inductor_decoder(
-    model: PreTrainedModel, max_tokens: int, *, prefill: Literal["compiled", "eager"] = "compiled"
+    model: PreTrainedModel,
+    max_tokens: int,
+    *,
+    prefill: Literal["compiled", "eager"] = "compiled",
+    peer: Literal["inductor", "inductor-freezing"] = "inductor",
 ) -> StaticDecoder:
-    """The same forward under `torch.compile`, with static shapes: the best case for Inductor.
+    """The same forward under `torch.compile`, with static shapes. Freezing makes a copy of the weights.
 
     `prefill="eager"` compiles decoding only, as transformers' own `generate` does: right for prompts of many lengths,
     each of which would be compiled anew.
     """
-    compiled = torch.compile(model.forward, dynamic=False)
+    compiled = compiled_forward(model, peer)
     return StaticDecoder(model, max_tokens, compiled if prefill == "compiled" else None, compiled)
 
 

@@ -7,12 +7,16 @@ import importlib.util
 import json
 import math
 import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
+import backends
 import compile_cpu
 import compile_models
+import engine_overhead
+import harness
 import model_coverage
 import pytest
 import torch
@@ -42,7 +46,8 @@ def test_rounds_take_turns(probe: Probe) -> None:
         Contestant("b", {"x": lambda: phase("bx")}),
     ]
     result = run_rounds(contestants, 3, {}, probe)
-    assert calls == ["ax", "ay", "bx"] * 4  # one warm-up round
+    one, other = ["ax", "ay", "bx"], ["bx", "ax", "ay"]
+    assert calls == [*one, *other, *one, *other]  # one warm-up round, and then each begins in its turn
     assert [len(result.rates["a"]["x"]), len(result.rates["a"]["y"]), len(result.rates["b"]["x"])] == [3, 3, 3]
     assert len(result.read_gb_s) == 3
     assert min(result.read_gb_s) > 0
@@ -75,6 +80,37 @@ def test_saved_results_say_what_ran(probe: Probe, tmp_path: Path) -> None:
     assert read["conditions"]["dtype"] == "float32"
     assert len(read["rates"]["a"]["x"]) == 2
     assert [p.name for p in (tmp_path / "new").iterdir()] == ["r.json"]
+
+
+@pytest.mark.parametrize(
+    ("changed", "is_dirty"), [("harness.py", True), ("results/a.json", False), ("of_its_own.py", False)]
+)
+def test_a_result_says_whether_its_code_is_in_the_commit(
+    tmp_path: Path, changed: str, is_dirty: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A result of the run before is no change of code."""
+    monkeypatch.setattr(harness, "ROOT", tmp_path)
+    (tmp_path / "benchmarks" / "results").mkdir(parents=True)
+    for name in ("harness.py", "results/a.json"):
+        (tmp_path / "benchmarks" / name).write_text("1")
+    author = ["-c", "user.name=a", "-c", "user.email=a@b"]
+    for command in (["init", "-q"], ["add", "."], [*author, "commit", "-qm", "a"]):
+        subprocess.run(["git", *command], cwd=tmp_path, check=True)
+    clean = harness.revision()
+    assert clean and not clean.endswith("-dirty")
+    (tmp_path / "benchmarks" / changed).write_text("2")
+    assert conditions()["revision"] == (f"{clean}-dirty" if is_dirty else clean)
+    assert ("uncommitted" in capsys.readouterr().err) is is_dirty
+
+
+def test_the_overhead_is_not_kept_from_a_busy_machine(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(os, "getloadavg", lambda: (1.5, 0.0, 0.0))
+    monkeypatch.setattr(sys, "argv", ["engine_overhead.py", "--out", str(tmp_path / "r.json")])
+    with pytest.raises(SystemExit):
+        engine_overhead.main()
+    assert "load average 1.50" in capsys.readouterr().err and not list(tmp_path.iterdir())
 
 
 def test_the_eager_peer_decodes_what_generate_decodes() -> None:
@@ -176,6 +212,21 @@ def test_first_calls_are_medians_of_the_processes_that_came_through(tmp_path: Pa
     throughput = {"median": {"inductor": {"batch 1": 2.0}, "llmopt": {"batch 1": 3.0}, "eager": {"batch 1": None}}}
     assert compile_cpu.plot({"a": first_call, "b-float32": throughput}, tmp_path / "plot.png")
     assert (tmp_path / "plot.png").stat().st_size > 1000
+
+
+@pytest.mark.slow
+@torch.no_grad()
+def test_inductor_has_weights_as_constants_where_it_freezes_them() -> None:
+    model = compile_models.build("bert", "float32", 1, **TINY["bert"])
+    arguments = compile_models.inputs(model, 2)
+    expected = model(**arguments)[0]
+    as_it_is, frozen = (backends.compiled_forward(model, name) for name in ("inductor", "inductor-freezing"))
+    for forward in (as_it_is, frozen):
+        torch.testing.assert_close(forward(**arguments)[0], expected, rtol=1e-4, atol=1e-4)
+    for weight in model.parameters():
+        weight.zero_()
+    assert not as_it_is(**arguments)[0].any()
+    torch.testing.assert_close(frozen(**arguments)[0], expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.slow
