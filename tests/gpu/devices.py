@@ -18,7 +18,7 @@ from llmopt.runtime.cuda_executable import CudaExecutable
 CUDA = torch.device("cuda", 0)
 
 
-def _inverting() -> Any:
+def inverting() -> Any:
     """Python's `~` asks for the device in C++, which a PyTorch without CUDA refuses; the op behind it does not."""
     return mock.patch.object(FakeTensor, "__invert__", lambda self: torch.bitwise_not(self))
 
@@ -32,7 +32,7 @@ def is_refused(sample: Sequence[Any]) -> bool:
     return any(item in QUANTIZED for item in sample if isinstance(item, str))
 
 
-@_inverting()
+@inverting()
 def to_cuda(graph: fx.Graph) -> fx.Graph:
     """The graph as it is captured from a model on a GPU: all its values are fake CUDA tensors."""
     mode = fake_mode(graph)
@@ -52,7 +52,7 @@ def to_cuda(graph: fx.Graph) -> fx.Graph:
     return graph
 
 
-@_inverting()
+@inverting()
 def lower_for_cuda(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
     """The CUDA program of a graph captured on the CPU."""
     on_gpu = any(is_tensor(n) and n.meta["val"].is_cuda for n in placeholders(graph))

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.devices import lower_for_cuda, to_cuda
+from gpu.devices import inverting, lower_for_cuda, to_cuda
 from graphs.capturing import catch
 from models.zoo import VOCABULARY, ZOO, build
 
@@ -60,7 +60,8 @@ def step_program(name: str, lora: InsertLora | None = None) -> Program:
     to_cuda(captured.graph)
     for node, weight in zip(captured.graph.find_nodes(op="placeholder"), captured.weights, strict=True):
         node.meta["weight"] = weight
-    run_pipeline(captured.graph, step_pipeline(16, lora=lora), Options())
+    with inverting():
+        run_pipeline(captured.graph, step_pipeline(16, lora=lora), Options())
     program = lower_for_cuda(captured.graph).program
     check(program)
     return program
@@ -71,5 +72,6 @@ def test_backend(name: str) -> None:
     ids = torch.randint(0, VOCABULARY, (3, 17), generator=torch.Generator().manual_seed(0))
     caught = catch(logits_of(build(name, torch.bfloat16)), ids, dynamic=True)
     to_cuda(caught.graph)
-    run_pipeline(caught.graph, BACKEND, Options())
+    with inverting():
+        run_pipeline(caught.graph, BACKEND, Options())
     check(lower_for_cuda(caught.graph, caught.captured.mutations).program)

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from gpu.devices import lower_for_cuda, to_cuda
+from gpu.devices import inverting, lower_for_cuda, to_cuda
 from graphs.causal_models import HIDDEN, VOCABULARY, TinyCausal
 from graphs.one_op import one_op_graph
 
@@ -38,7 +38,8 @@ def step_program(model: TinyCausal, prompt_embeds: bool = False) -> StepProgram:
     for index, node in enumerate(placeholders(captured.graph)):
         node.meta["argument"], node.meta["weight"] = index, captured.weights[index]
     to_cuda(captured.graph)
-    run_pipeline(captured.graph, step_pipeline(BLOCK, prompt_embeds=prompt_embeds), Options())
+    with inverting():
+        run_pipeline(captured.graph, step_pipeline(BLOCK, prompt_embeds=prompt_embeds), Options())
     lowered = lower_for_cuda(captured.graph)
     assert not lowered.program.fallbacks
     specs: list[Any] = []
