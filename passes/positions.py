@@ -15,8 +15,7 @@ from torch.fx.node import Node, map_arg
 
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, location, tensor, to_expr
-from llmopt.passes.matching import CAST, is_number
-from llmopt.passes.row_locality import CONSTANTS, constant_entry
+from llmopt.passes.matching import CAST, CONSTANTS, constant_entry, is_number
 
 _RANGES = (aten.arange.default, aten.arange.start, aten.arange.start_step)
 

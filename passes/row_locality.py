@@ -18,6 +18,7 @@ from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import aten, is_op, is_tensor, location, tensor, to_expr
 from llmopt.compiler.opspec import spec_of
 from llmopt.compiler.vocabulary import llmopt_ops
+from llmopt.passes.matching import CONSTANTS, constant_entry
 
 # Dimension arguments of ops that combine entries along a dimension: position and default.
 _ALONG: dict[Any, tuple[int, Any]] = {
@@ -63,26 +64,11 @@ _LAST_DIM = frozenset(
     }
 )
 
-# Ops that fill a tensor with one number.
-CONSTANTS: dict[Any, Any] = {
-    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1),
-    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0),
-    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), None),  # an argument
-}
-
 # Ops that take sizes as such: the number of rows in one of them is no number that is computed with.
 _SIZED = (aten.view.default, aten.expand.default, aten.repeat.default)
 
 # Attention mixes rows, and is the one op that a paged cache replaces.
 ATTENTION = llmopt_ops.attention.default
-
-
-def constant_entry(node: Node) -> bool | int | float | None:
-    """The number that an op of `CONSTANTS` writes everywhere, None if that is computed."""
-    number = CONSTANTS[node.target]
-    if number is None:
-        number = node.args[-1]
-    return None if isinstance(number, Node) else number
 
 
 class RowLocality:
