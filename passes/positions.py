@@ -121,18 +121,21 @@ def _find_entry(node: Node, known: dict[Node, torch.Tensor | None]) -> torch.Ten
         number = constant_entry(node)
         return None if number is None else torch.full((), number, dtype=tensor(node).dtype)
     if is_op(node, *_VIEWS):
-        return _entry(node.args[0], known)  # type: ignore[arg-type]
+        return _entry(node.args[0], known)
     tags = getattr(node.target, "tags", ())
     pointwise = torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags
     if not (pointwise or is_op(node, CAST)) or not node.all_input_nodes:
         return None
-    inputs = {n: _entry(n, known) if is_tensor(n) else None for n in node.all_input_nodes}
-    if any(entry is None for entry in inputs.values()):
-        return None
+    inputs: dict[Node, torch.Tensor] = {}
+    for source in node.all_input_nodes:
+        entry = _entry(source, known) if is_tensor(source) else None
+        if entry is None:
+            return None
+        inputs[source] = entry
     if is_op(node, CAST):
-        return inputs[node.args[0]].to(tensor(node).dtype)  # type: ignore[index,union-attr]
+        return inputs[node.args[0]].to(tensor(node).dtype)
     args, kwargs = map_arg((node.args, dict(node.kwargs)), inputs.__getitem__)
-    return node.target(*args, **kwargs)  # type: ignore[operator,no-any-return]
+    return node.target(*args, **kwargs)
 
 
 def _is_whole(number: Any) -> bool:
