@@ -75,8 +75,7 @@ def infer_rule(masks: Sequence[Mask], heads: int) -> MaskRule | str:
     symbols = sorted({s for t in tensors for size in t.shape for s in to_expr(size).free_symbols}, key=str)
     free = {length for length in lengths if isinstance(length, sympy.Symbol)}
     if len(free) == 1 and all(free == length.free_symbols for length in lengths):
-        longest = max(_LENGTHS[0], 2 * max(constants, default=0) + 5)
-        tried = sorted({longest, *_LENGTHS, *constants}, reverse=True)
+        tried = sorted({_beyond(constants), *_LENGTHS, *constants}, reverse=True)
     elif len(lengths) > 1:
         return "queries and keys differ in number"
     elif all(length.is_Integer for length in lengths):
@@ -90,7 +89,7 @@ def infer_rule(masks: Sequence[Mask], heads: int) -> MaskRule | str:
         if all(values.size(size) == length for size in sizes):
             samples.append(_Samples(masks, values, heads, length, constants, eps))
     try:
-        return _common_rule(samples, enough=2 if free else len(tried))
+        return _common_rule(samples, enough=min(2, len(tried)))
     except _Differs:
         return "the mask differs within the batch"
 
@@ -104,6 +103,8 @@ def _common_rule(candidates: Sequence[_Samples], enough: int) -> MaskRule | str:
             usable.append((samples.length > _WITH_BIAS and samples.is_biased(), samples))
         except _UNKNOWN as error:
             reason = f"the mask cannot be evaluated: {error}"
+            if isinstance(error, NotEvaluable) and samples.length <= _beyond(samples.constants):
+                return reason
     rule: MaskRule | str | None = None
     explained = 0
     for _, samples in sorted(usable, key=lambda pair: pair[0]):
@@ -118,6 +119,11 @@ def _common_rule(candidates: Sequence[_Samples], enough: int) -> MaskRule | str:
             return why
         explained += 1
     return rule if rule is not None and explained >= enough else reason
+
+
+def _beyond(constants: set[int]) -> int:
+    """A length that shows both sides of every constant."""
+    return 2 * max(constants, default=0) + 5
 
 
 class _Samples:

@@ -108,6 +108,7 @@ def test_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda n: causal(n) & ((pair(n)[0] - pair(n)[1]).float() < 100.0), MaskRule(True, 100)),
         (lambda n: causal(n) & (pair(n)[0] / 0.01 - pair(n)[1] / 0.01 < 2e4), MaskRule(True, 200)),
         (lambda n: low(causal(n) & ~torch.ones(n, n, dtype=torch.bool).tril(-4096)), MaskRule(True, 4096)),
+        (lambda n: (causal(n) & (pair(n)[1] > pair(n)[0] - 5)).flip(0).flip(0), MaskRule(True, 5)),
         (lambda n: causal(n) & (pair(n)[1] > pair(n)[0] - min(n, 4096)), MaskRule(True, 4096)),
     ],
 )
@@ -222,6 +223,10 @@ REFUSED: dict[str, tuple[tuple[Mask, ...], str]] = {
         "no rule",
     ),
     "random": ((lambda n: torch.rand(n, n) > 0.5,), "is random"),
+    "a window out of sight": (
+        (lambda n: (causal(n) & (pair(n)[1] > pair(n)[0] - 2000)).flip(0).flip(0),),
+        "too large to be computed whole",
+    ),
     "random slopes": ((causal, lambda n: torch.rand(HEADS, 1, 1) * torch.arange(n)), "is random"),
     "chunks by a quotient": (
         (lambda n: causal(n) & ((pair(n)[0] / 100.0).floor() == (pair(n)[1] / 100.0).floor()),),
