@@ -100,7 +100,7 @@ def _common_rule(candidates: Sequence[_Samples], enough: int) -> MaskRule | str:
     usable: list[tuple[bool, _Samples]] = []
     for samples in candidates:
         try:
-            usable.append((samples.length > _WITH_BIAS and samples.is_biased(), samples))
+            usable.append((samples.is_biased() and samples.length > _WITH_BIAS, samples))
         except _UNKNOWN as error:
             reason = f"the mask cannot be evaluated: {error}"
             if isinstance(error, NotEvaluable) and samples.length <= _beyond(samples.constants):
