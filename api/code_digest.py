@@ -166,7 +166,9 @@ class _Walk:
         if isinstance(value, nn.Module) or not _versioned(kind.__module__):
             state = getattr(value, "__dict__", None)
             if isinstance(state, Mapping):
-                text += " " + self._all(itertools.chain.from_iterable(filter(_is_state, state.items())))
+                text += " " + self._all(
+                    itertools.chain.from_iterable(item for item in state.items() if _is_state(item))
+                )
         return text
 
 

@@ -6,7 +6,7 @@ import logging
 import time
 import weakref
 from collections import Counter
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +16,7 @@ from torch import fx
 from llmopt import graph_cache, step_cache
 from llmopt.codegen.lower import Lowered, lower
 from llmopt.codegen.program import Program
+from llmopt.codegen.target import device_of
 from llmopt.compiler.capture import Captured, capture, specialized_floats
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import graph_text, location, placeholders
@@ -79,7 +80,8 @@ def compile_backend(
     kept = graph_cache.find(key) if key is not None else None
     if kept is not None:
         compiled = CompiledGraph(
-            kept.program, kept.graph, kept.weights, kept.constants, options.threads, options.huge_pages
+            *(kept.program, kept.graph, kept.weights, kept.constants),
+            *(options.threads, options.huge_pages, _device(example_inputs)),
         )
         report = kept.report
         report.kernels = kernel_uses(kept.program)
@@ -91,6 +93,11 @@ def compile_backend(
     report.native_calls = compiled.executable.num_kernel_runs
     report.program = weakref.ref(compiled)
     return compiled, report
+
+
+def _device(arguments: Iterable[Any]) -> torch.device | None:
+    """Where the arguments of a compiled graph lie, which all lie on one device."""
+    return next((argument.device for argument in arguments if isinstance(argument, torch.Tensor)), None)
 
 
 def _details_by_compiling(
@@ -119,7 +126,7 @@ def _compile_graph(
     report.captured = before
     _check_fallbacks(report, options)
     parts = (lowered.program, captured.graph, lowered.weights, captured.constants)
-    compiled = CompiledGraph(*parts, options.threads, options.huge_pages)
+    compiled = CompiledGraph(*parts, options.threads, options.huge_pages, device_of(captured.graph))
     report.seconds = {
         "capture": traced - start,
         "passes": passed - traced,
@@ -165,16 +172,21 @@ class CompiledStep:
 
 
 def kept_step(
-    key: str, names: Collection[str], options: Options, compile_again: Callable[[], CompiledStep]
+    key: str, tensors: Mapping[str, torch.Tensor], options: Options, compile_again: Callable[[], CompiledStep]
 ) -> CompiledStep | None:
-    """What an earlier process compiled under this key; `compile_again` makes the same for those who ask for details."""
+    """What an earlier process compiled under this key for a module with these parameters and buffers.
+
+    `compile_again` makes the same for those who ask for details.
+    """
     start = time.perf_counter()
-    found = step_cache.find(key, names)
+    found = step_cache.find(key, tensors.keys())
     if found is None:
         return None
     kept, report = found.kept, found.kept.report
     program = StepProgram(
-        kept.program, found.caches, options.block_size, options.threads, lora=found.lora, huge_pages=options.huge_pages
+        *(kept.program, found.caches, options.block_size, options.threads, _device(tensors.values())),
+        lora=found.lora,
+        huge_pages=options.huge_pages,
     )
     report.kernels = kernel_uses(kept.program)
     report.batch_invariant = kept.program.batch_invariant
@@ -207,6 +219,8 @@ def compile_step(
     start = time.perf_counter()
     _mark_weights(captured)
     graph = captured.graph
+    if options.batch_invariant and device_of(graph).type != "cpu":
+        raise UnsupportedError("batch_invariant: kernels for a GPU choose how they compute by the number of rows")
     before = graph_text(graph, renumber=False) if options.record_graphs else None
     adapted = InsertLora(options.max_loras, options.max_lora_rank) if options.enable_lora else None
     pipeline = step_pipeline(options.block_size, options.kv_cache_dtype, adapted, prompt_embeds=prompt_embeds)
@@ -225,7 +239,9 @@ def compile_step(
         if spec is not None and spec not in caches:
             caches.append(spec)
     program = StepProgram(
-        lowered.program, caches, options.block_size, options.threads, lora=lora, huge_pages=options.huge_pages
+        *(lowered.program, caches, options.block_size, options.threads, device_of(graph)),
+        lora=lora,
+        huge_pages=options.huge_pages,
     )
     report.native_calls = program.executable.num_kernel_runs
     report.program = weakref.ref(program)

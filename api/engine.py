@@ -98,7 +98,7 @@ class ModelEngine:
             return self._compile(prompt_embeds)
         # The module's own weights may have given up their memory by then.
         again = lambda: ModelEngine(source(), options, Report())._compile(prompt_embeds)  # noqa: E731
-        return kept_step(key, self._tensors().keys(), options, again) or self._compile(prompt_embeds, key)
+        return kept_step(key, self._tensors(), options, again) or self._compile(prompt_embeds, key)
 
     @property
     def _length(self) -> int:

@@ -13,7 +13,7 @@ from llmopt.generate_plan import Plan, plan_generate
 from llmopt.huggingface import with_field
 from llmopt.paged_forward import PagedCache, cache_name, with_paged_forward, without_other_cache
 from llmopt.runtime.generation import Job, run_jobs
-from llmopt.runtime.memory import available_memory
+from llmopt.runtime.memory import device_memory
 from llmopt.runtime.paged_rows import PagedRows
 from llmopt.runtime.sampling import SamplingParams
 from llmopt.runtime.step_program import StepProgram
@@ -78,7 +78,8 @@ class GenerateRouter:
         if hasattr(self._model, "_reorder_cache"):
             return f"the model reorders its cache itself; {plan.loop}"
         options = self._state.options
-        budget = options.kv_cache_memory_bytes or int(available_memory() * options.gpu_memory_utilization)
+        available = device_memory(program.executable.device)
+        budget = options.kv_cache_memory_bytes or int(available * options.gpu_memory_utilization)
         lengths = [len(prompt) for prompt in plan.prompts]
         blocks = PagedRows.blocks_needed(lengths, plan.rows_per_prompt, plan.new_tokens, program.block_size)
         needed = blocks * program.bytes_per_block()

@@ -30,33 +30,37 @@ CUDA = Target("cuda", cuda.plan_template)
 TARGETS: dict[str, Target] = {target.name: target for target in (CPU, CUDA)}
 
 
-def _device_types(value: Any) -> list[str]:
+def _devices(value: Any) -> list[torch.device]:
     items = value if isinstance(value, list | tuple) else [value]
-    return [item.device.type for item in items if isinstance(item, torch.Tensor)]
+    return [item.device for item in items if isinstance(item, torch.Tensor)]
 
 
 def plan_template(node: Node) -> Plan | None:
     """The kernel calls that compute a node where its value lies, the reason why not, or None without a template."""
-    kinds = _device_types(node.meta.get("val"))
-    return TARGETS[kinds[0]].plan_template(node) if kinds and kinds[0] in TARGETS else None
+    devices = _devices(node.meta.get("val"))
+    return TARGETS[devices[0].type].plan_template(node) if devices and devices[0].type in TARGETS else None
+
+
+def device_of(graph: fx.Graph) -> torch.device:
+    """The device that all tensors of a graph lie on; the CPU for a graph without any.
+
+    Raises UnsupportedError where they lie on different ones, or on one that no code is generated for.
+    """
+    chosen: torch.device | None = None
+    for node in graph.nodes:
+        for device in _devices(node.meta.get("val")):
+            if device.type not in TARGETS:
+                raise UnsupportedError(
+                    f"device {device} is not supported; llmopt generates code for: {', '.join(TARGETS)}"
+                )
+            if chosen is not None and device != chosen:
+                where = location(node) if is_tensor(node) else None
+                reason = f"{node.name} lies on {device}, other tensors on {chosen}"
+                raise UnsupportedError(reason, operation=str(node.target), location=where)
+            chosen = device
+    return chosen or torch.device("cpu")
 
 
 def target_of(graph: fx.Graph) -> Target:
-    """The target that all tensors of a graph lie on.
-
-    Raises UnsupportedError where they lie on different ones, or on a device that no code is generated for.
-    """
-    chosen = CPU
-    seen = False
-    for node in graph.nodes:
-        for kind in _device_types(node.meta.get("val")):
-            if kind not in TARGETS:
-                raise UnsupportedError(
-                    f"device {kind} is not supported; llmopt generates code for: {', '.join(TARGETS)}"
-                )
-            if seen and TARGETS[kind] is not chosen:
-                where = location(node) if is_tensor(node) else None
-                reason = f"{node.name} lies on {kind}, other tensors on {chosen.name}"
-                raise UnsupportedError(reason, operation=str(node.target), location=where)
-            chosen, seen = TARGETS[kind], True
-    return chosen
+    """The target of the device that all tensors of a graph lie on; raises as `device_of`."""
+    return TARGETS[device_of(graph).type]

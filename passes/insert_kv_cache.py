@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import sympy
-import torch
 from torch import fx
 from torch.fx.node import Node
 
@@ -33,7 +32,7 @@ from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.step import STEP_INPUTS, WINDOW_INPUTS, CacheSpec
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.matching import depends_only_on
-from llmopt.passes.point_values import NotEvaluable, PointValues
+from llmopt.passes.positions import replace_positions
 from llmopt.passes.row_locality import ATTENTION, RowLocality, is_row_map
 from llmopt.passes.step_inputs import add_input, new_size
 
@@ -52,7 +51,7 @@ class InsertKVCache(Pass):
     After: `logits[R, V] = f(input_ids[T], positions[T], slot_mapping[T], cu_seqlens_q[B + 1], seq_lens[B],
     block_tables[B, N], logits_indices[R], k_cache_0, v_cache_0, ...)` with `paged_attention`.
 
-    Counted positions (arange, running sums of ones) become `positions`; the rest of the graph is proved row-local;
+    Counted positions (`positions.py`) become `positions`; the rest of the graph is proved row-local;
     logits are computed only for the rows `logits_indices`. Where only some layers have a window, these use pages of
     their own (`WINDOW_INPUTS`). What cannot be proved raises UnsupportedError with the op
     and the line of the user's model. `kv_dtype` is how pages store keys and values (`compiler/kv_formats.py`).
@@ -73,7 +72,9 @@ class InsertKVCache(Pass):
             raise UnsupportedError("the sequence length was specialised during capture")
         rewriter = Rewriter(graph)
         step = _add_inputs(graph, rewriter, ids, size, self.block_size)
-        _replace_positions(graph, rewriter, step, symbol, report)
+        graph.eliminate_dead_code()
+        _check_masks(graph, step)
+        report.matched += replace_positions(graph, rewriter, step.nodes["positions"], symbol)
         _replace_attention(graph, rewriter, step, symbol, self, report)
         _gather_logits(graph, rewriter, step, symbol)
         graph.eliminate_dead_code()
@@ -124,86 +125,17 @@ def _add_inputs(graph: fx.Graph, rewriter: Rewriter, ids: Node, size: Node | Non
     return step
 
 
-def _replace_positions(
-    graph: fx.Graph, rewriter: Rewriter, step: StepInputs, symbol: sympy.Symbol, report: PassReport
-) -> None:
-    """Values counted along the sequence become `a * positions + b`."""
+def _check_masks(graph: fx.Graph, step: StepInputs) -> None:
+    """A mask of positions alone has become a rule before, if it follows one."""
     counts = {n for n in graph.nodes if is_op(n, aten.sym_size.int) and n.args[0] is step.nodes["input_ids"]}
     formulas = depends_only_on(graph.nodes, counts)
-    live = {n for n in graph.nodes if n in formulas and any(u not in formulas for u in n.users)}
-    plans: dict[Node, _Count] = {}
-    for node in [n for n in graph.nodes if n in live and is_tensor(n)]:
-        if _row_dims(node, symbol) and all(u.target is ATTENTION for u in node.users):
+    for node in nodes_of(graph, ATTENTION):
+        if node.args[3] in formulas:
             raise UnsupportedError(
                 "the model cannot run over a paged KV cache: an attention mask follows no known rule",
-                operation=str(node.target),
-                location=location(next(iter(node.users))),
+                operation=str(node.args[3].target),
+                location=location(node),
             )
-        _plan_count(node, symbol, formulas, plans)
-    # Planned on the graph as it was: one count may be computed from another.
-    for node in [n for n in graph.nodes if n in plans]:
-        count = plans[node]
-        with rewriter.before(node):
-            new = step.nodes["positions"]
-            shape = [-1 if d == count.dim else 1 for d in range(tensor(node).ndim)]
-            new = rewriter.call(aten.view.default, new, shape) if len(shape) > 1 else new
-            if count.factor != 1:
-                new = rewriter.call(aten.mul.Tensor, new, count.factor)
-            if count.offset != 0:
-                new = rewriter.call(aten.add.Tensor, new, count.offset)
-            if tensor(new).dtype != tensor(node).dtype:
-                new = rewriter.call(aten._to_copy.default, new, dtype=tensor(node).dtype)
-        rewriter.replace(node, new)
-        report.matched += 1
-
-
-@dataclass(frozen=True)
-class _Count:
-    """Entry i along dimension `dim`, the only one that is not 1, is `factor * i + offset`."""
-
-    dim: int
-    factor: int
-    offset: int
-
-
-def _row_dims(node: Node, symbol: sympy.Symbol) -> list[int]:
-    return [d for d, size in enumerate(tensor(node).shape) if symbol in to_expr(size).free_symbols]
-
-
-def _plan_count(node: Node, symbol: sympy.Symbol, formulas: set[Node], plans: dict[Node, _Count]) -> None:
-    """Enters how `node` counts along the sequence; of what is no count, its inputs, from which it is then computed."""
-    dims = _row_dims(node, symbol)
-    if not dims or node in plans:
-        return
-    refuse = lambda why: UnsupportedError(  # noqa: E731
-        f"the model cannot run over a paged KV cache: {why}", operation=str(node.target), location=location(node)
-    )
-    if len(dims) > 1:
-        raise refuse("a table over pairs of positions is computed in the graph")
-    if to_expr(tensor(node).shape[dims[0]]) != symbol:
-        raise refuse(f"{tensor(node).shape[dims[0]]} values are counted along the sequence")
-    entries = []
-    for length in (5, 11):
-        try:
-            entries.append(PointValues({symbol: length}).whole(node).double().movedim(dims[0], 0))
-        except NotEvaluable as error:
-            raise refuse(str(error)) from None
-    short, long = entries
-    if not torch.equal(short, long[: len(short)]):
-        raise refuse("positions depend on the length")
-    row = long.flatten()
-    if len(row) == len(long):
-        factor, offset = float(row[1] - row[0]), float(row[0])
-        linear = bool((row == factor * torch.arange(len(row)) + offset).all())
-        if linear and factor == int(factor) and offset == int(offset):
-            plans[node] = _Count(dims[0], int(factor), int(offset))
-            return
-    # Row i holds some function of i: fine if it is computed from counts, which `RowLocality` checks afterwards.
-    sources = [n for n in node.all_input_nodes if is_tensor(n) and n in formulas and _row_dims(n, symbol)]
-    if not sources:
-        raise refuse("a value counted along the sequence is no linear function of the position")
-    for source in sources:
-        _plan_count(source, symbol, formulas, plans)
 
 
 def _replace_attention(
@@ -277,7 +209,7 @@ def _gather_logits(graph: fx.Graph, rewriter: Rewriter, step: StepInputs, symbol
             break
         top = inputs[0]
     dim = rows.row_dim(tensor(top), top)
-    if dim is None or tensor(logits).ndim != 3:
+    if dim is None or tensor(logits).ndim != 3 or rows.row_dim(tensor(logits), logits) != 1:
         raise UnsupportedError("the model's first output is not logits[1, S, V]")
     with rewriter.after(top):
         chosen = rewriter.call(aten.index_select.default, top, dim, step.nodes["logits_indices"])

@@ -15,6 +15,13 @@ CAST = aten._to_copy.default
 MAX_INDEX = torch.iinfo(torch.int64).max
 
 
+# Ops that fill a tensor with one number.
+CONSTANTS: dict[Any, Any] = {
+    **dict.fromkeys((aten.ones.default, aten.ones_like.default, aten.new_ones.default), 1),
+    **dict.fromkeys((aten.zeros.default, aten.zeros_like.default, aten.new_zeros.default), 0),
+    **dict.fromkeys((aten.full.default, aten.full_like.default, aten.new_full.default), None),  # an argument
+}
+
 _GROUPED = ("aten._grouped_mm.default", "transformers.grouped_mm_fallback.default")
 
 
@@ -26,6 +33,14 @@ def is_grouped_product(node: Any) -> bool:
 def is_number(arg: Any) -> bool:
     """Whether an argument is a plain Python number."""
     return isinstance(arg, int | float) and not isinstance(arg, bool)
+
+
+def constant_entry(node: Node) -> bool | int | float | None:
+    """The number that an op of `CONSTANTS` writes everywhere, None if that is computed."""
+    number = CONSTANTS[node.target]
+    if number is None:
+        number = node.args[-1]
+    return None if isinstance(number, Node) else number
 
 
 def strip_casts(node: Node) -> Node:

@@ -17,6 +17,7 @@ from torch.fx.node import Node, map_arg
 from torch.utils._pytree import tree_map
 
 from llmopt.compiler.graph import aten, is_op, is_tensor, tensor, to_expr
+from llmopt.passes.matching import CONSTANTS, constant_entry
 
 Tensor = torch.Tensor
 
@@ -39,7 +40,7 @@ _POINTWISE = frozenset(
 
 
 class NotEvaluable(Exception):
-    """A value that depends on data, or that is too large to be computed whole."""
+    """A value that depends on data or chance, or that is too large to be computed whole."""
 
 
 class PointValues:
@@ -67,6 +68,13 @@ class PointValues:
         if is_op(node, *_POINTWISE):
             args = [self._operand(node, a, index) for a in node.args]
             return node.target(*args, **_on_cpu(dict(node.kwargs)))
+        if is_op(node, *CONSTANTS) and (number := constant_entry(node)) is not None:
+            return torch.full_like(index[0], number, dtype=tensor(node).dtype)
+        if is_op(node, aten.tril.default, aten.triu.default):
+            x, diagonal = (*node.args, 0)[:2]
+            entries, place = self.at(x, index), index[-1] - index[-2]
+            kept = place <= diagonal if is_op(node, aten.tril.default) else place >= diagonal
+            return torch.where(kept, entries, torch.zeros_like(entries))
         through = self._through(node, index)
         if through is not None:
             return self.at(*through)
@@ -119,10 +127,12 @@ class PointValues:
         return None
 
     def whole(self, node: Node) -> Tensor:
-        """A whole tensor, computed by PyTorch; raises NotEvaluable for inputs of the graph and for large tensors."""
+        """A whole tensor, computed by PyTorch; raises NotEvaluable for inputs, random and large tensors."""
         if node not in self._whole:
             if node.op != "call_function":
                 raise NotEvaluable(f"{node.name} is data")
+            if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+                raise NotEvaluable(f"{node.name} is random")
             if is_tensor(node) and math.prod(self.shape(node)) > _LIMIT:
                 raise NotEvaluable(f"{node.name} is too large to be computed whole")
             bind = lambda n: self.whole(n) if is_tensor(n) else self.size(n)  # noqa: E731

@@ -18,6 +18,7 @@ from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import aten, is_op, is_tensor, location, tensor, to_expr
 from llmopt.compiler.opspec import spec_of
 from llmopt.compiler.vocabulary import llmopt_ops
+from llmopt.passes.matching import CONSTANTS, constant_entry
 
 # Dimension arguments of ops that combine entries along a dimension: position and default.
 _ALONG: dict[Any, tuple[int, Any]] = {
@@ -36,7 +37,6 @@ _ALONG: dict[Any, tuple[int, Any]] = {
     aten.sort.default: (1, -1),
     aten.cat.default: (1, 0),
     aten.repeat_interleave.self_int: (2, None),
-    aten.index_select.default: (1, None),
     aten.gather.default: (1, None),
     aten.split.Tensor: (2, 0),
     aten.split_with_sizes.default: (2, 0),
@@ -63,6 +63,9 @@ _LAST_DIM = frozenset(
         *(aten.linear.default, aten.native_layer_norm.default, aten.rms_norm.default),
     }
 )
+
+# Ops that take sizes as such: the number of rows in one of them is no number that is computed with.
+_SIZED = (aten.view.default, aten.expand.default, aten.repeat.default)
 
 # Attention mixes rows, and is the one op that a paged cache replaces.
 ATTENTION = llmopt_ops.attention.default
@@ -93,10 +96,20 @@ class RowLocality:
         items = val if isinstance(val, list | tuple) else [val]
         if not any(isinstance(item, torch.Tensor) for item in items):
             return
-        for item in items:
-            self.row_dim(item, node)
+        dims = [self.row_dim(item, node) for item in items]
+        if node.target is operator.getitem or (is_op(node, *CONSTANTS) and constant_entry(node) is not None):
+            return
+        if not is_op(node, *_SIZED) and any(self._is_length(n) for n in node.all_input_nodes):
+            raise self._refuse(node, "the number of tokens is computed with")
         inputs = [n for n in node.all_input_nodes if is_tensor(n) and self.row_dim(tensor(n), n) is not None]
-        if not inputs or node.target is ATTENTION or node.target is operator.getitem:
+        if not inputs:
+            # Only what is stretched has the same row everywhere.
+            if any(dim is not None for dim in dims) and not is_op(node, aten.expand.default, aten.repeat.default):
+                raise self._refuse(node, "its rows are counted in a way that is not known")
+            return
+        if node.target is ATTENTION:
+            if any(self.row_dim(tensor(x), x) != 1 or tensor(x).shape[0] != 1 for x in node.args[:3]):
+                raise self._refuse(node, "attention is over something else than the sequence")
             return
         rule = self._rule(node)
         if rule is None:
@@ -108,6 +121,8 @@ class RowLocality:
         target: Any = node.target
         if target in _ALONG:
             return self._along
+        if target is aten.index_select.default:
+            return self._lookup
         if target in _REARRANGING:
             return self._keeps_rows
         if target is aten.view.default:
@@ -138,7 +153,7 @@ class RowLocality:
     def _aligned(self, node: Node, inputs: list[Node]) -> bool:
         """Broadcasting aligns dimensions from the right."""
         out = self.row_dim(tensor(node), node)
-        if out is None or not all(is_tensor(n) for n in node.all_input_nodes):  # the length itself must not be data
+        if out is None:
             return False
         distance = tensor(node).ndim - out
         return all(tensor(x).ndim - (self.row_dim(tensor(x), x) or 0) == distance for x in inputs)
@@ -151,6 +166,13 @@ class RowLocality:
         dims = dims if isinstance(dims, list | tuple) else [dims]
         return all(self.row_dim(tensor(x), x) not in [int(d) % tensor(x).ndim for d in dims] for x in inputs)
 
+    def _lookup(self, node: Node, inputs: list[Node]) -> bool:
+        """Each row's own entries of a table, or the same features of each row."""
+        x, dim, index = node.args
+        if inputs == [index]:
+            return True
+        return inputs == [x] and self.row_dim(tensor(x), x) != int(dim) % tensor(x).ndim
+
     def _product(self, node: Node, inputs: list[Node]) -> bool:
         """Rows of the first factor, or columns of the second one (rope's frequencies times positions)."""
         last = tensor(inputs[0]).ndim - 1
@@ -158,6 +180,12 @@ class RowLocality:
         if inputs == [node.args[1]] and node.target is not llmopt_ops.batched_linear.default:
             return last > 0 and row == last
         return inputs == [node.args[0]] and row != last
+
+    def _is_length(self, node: Node) -> bool:
+        val = node.meta.get("val")
+        return isinstance(val, torch.SymInt | torch.SymFloat | torch.SymBool) and bool(
+            self.symbol in val.node.expr.free_symbols
+        )
 
     def _keeps_rows(self, node: Node, inputs: list[Node]) -> bool:
         return self.row_dim(tensor(node), node) is not None

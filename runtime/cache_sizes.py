@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from llmopt.compiler.options import Options
 from llmopt.compiler.step import group_windows
-from llmopt.runtime.memory import available_memory
+from llmopt.runtime.memory import device_memory
 from llmopt.runtime.step_program import StepProgram
 
 # Layers with a window get pages for so many times what the running requests can hold at once: what is beyond serves
@@ -16,7 +16,8 @@ def cache_sizes(program: StepProgram, options: Options, max_model_len: int) -> l
     """How many pages of the KV cache each group of layers gets.
 
     `kv_cache_memory_bytes` says how much memory they take together. Else it is the fraction `gpu_memory_utilization`
-    of the memory that is available now, but no more than `max_num_seqs` of the longest sequences could ever hold.
+    of the memory that its device has available now, but no more than `max_num_seqs` of the longest sequences could ever
+    hold.
 
     A group with a window has as many pages as the one without, for short sequences take as many of both, up to what
     all running requests could hold of it. So it is never what runs out first, and what it does not need goes to the
@@ -32,7 +33,9 @@ def cache_sizes(program: StepProgram, options: Options, max_model_len: int) -> l
             most[group] = min(most[group], _WINDOW_ROOM * held)
     if options.kv_cache_memory_bytes:
         return _divide(options.kv_cache_memory_bytes, per_page, most, capped=False)
-    return _divide(int(available_memory() * options.gpu_memory_utilization), per_page, most, capped=True)
+    return _divide(
+        int(device_memory(program.executable.device) * options.gpu_memory_utilization), per_page, most, capped=True
+    )
 
 
 def _divide(budget: int, per_page: list[int], most: list[int], capped: bool) -> list[int]:

@@ -25,6 +25,7 @@ class CompiledGraph:
         graph, weights: say how its weights are made of the arguments; see `WeightBinder`.
         constants: the graph's further arguments.
         threads, huge_pages: see `Executable`.
+        device: where a program for a GPU runs.
     """
 
     def __init__(
@@ -35,9 +36,10 @@ class CompiledGraph:
         constants: Sequence[torch.Tensor] = (),
         threads: int = 0,
         huge_pages: bool = False,
+        device: torch.device | None = None,
     ) -> None:
         self._constants = list(constants)
-        self.executable = make_executable(program, threads, huge_pages=huge_pages)
+        self.executable = make_executable(program, threads, device, huge_pages)
         self.binder = WeightBinder(graph, weights)
         self._bound: list[int] | None = None
         self._lock = threading.Lock()

@@ -64,15 +64,6 @@ class CudaExecutable(Executable):
                 steps.append(step)
         return steps
 
-    @property
-    def arena(self) -> Tensor:
-        """The memory of temporary values. A captured graph keeps its own, which is not to be replaced under it."""
-        return self._arena
-
-    @arena.setter
-    def arena(self, memory: Tensor) -> None:
-        self._arena = memory
-
     def bind(self, weights: Sequence[Tensor]) -> None:
         """As for the CPU; what was captured with other weights must be captured again (`weights_version`)."""
         before = [None if w is None else w.data_ptr() for w in self.weights]
@@ -91,10 +82,22 @@ class CudaExecutable(Executable):
         """
         # Triton launches on the current device.
         with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            if self._capturing():
+                return self._in_graph(arguments)
             results = super().__call__(arguments, lend=lend)
-            if not self._capturing():
-                self.check()
+            self.check()
         return results
+
+    def _in_graph(self, arguments: Sequence[Any]) -> list[Any]:
+        """A call that is captured, whoever captures it: all that it allocates is the graph's own, the arena too.
+
+        The common one is replaced by a larger one when it must, which a graph would not know of.
+        """
+        arena, self._arena = self._arena, self._arena.new_empty(0)
+        try:
+            return super().__call__(arguments)
+        finally:
+            self._arena = arena
 
     def _capturing(self) -> bool:
         return self.device.type == "cuda" and torch.cuda.is_current_stream_capturing()

@@ -7,6 +7,7 @@ one token each: what is missing is filled up with requests of one token that are
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass, fields
 from typing import Any
@@ -61,22 +62,33 @@ def pad_decode(batch: StepBatch, size: int, width: int) -> StepBatch:
     )
 
 
+def _fields(batch: StepBatch) -> tuple[str, ...]:
+    """The names of the fields that a batch has."""
+    return tuple(field.name for field in fields(StepBatch) if getattr(batch, field.name) is not None)
+
+
 def _tensors(batch: StepBatch) -> list[Tensor]:
-    return [t for field in fields(StepBatch) if (t := getattr(batch, field.name)) is not None]
+    return [getattr(batch, name) for name in _fields(batch)]
 
 
 @dataclass
 class _Captured:
-    """A graph, the memory that its kernels read and write, and where its logits lie."""
+    """A graph, what its kernels read, and where its logits lie."""
 
     graph: Any
     inputs: StepBatch
     logits: Tensor
-    arena: Tensor
+
+
+# What one graph serves: requests, pages of their block tables, and the fields that its batch has.
+_Kind = tuple[int, int, tuple[str, ...]]
 
 
 class DecodeGraphs:
-    """The captured decode steps of one program.
+    """The captured decode steps of one program, for each KV cache that it is used with.
+
+    Graphs hold the addresses of weights and caches: those of other weights are dropped, those of a cache end with it.
+    Their temporary values share memory, for they run one at a time.
 
     Args:
         run: (batch on the device, cache) -> logits on the device, launching kernel by kernel.
@@ -84,8 +96,9 @@ class DecodeGraphs:
 
     def __init__(self, run: Callable[[StepBatch, KVCache], Tensor]) -> None:
         self._run = run
-        self._captured: dict[tuple[int, int], _Captured] = {}
-        self._key: tuple[int, int] | None = None
+        self._captured: weakref.WeakKeyDictionary[KVCache, dict[_Kind, _Captured]] = weakref.WeakKeyDictionary()
+        self._weights_version = -1
+        self._pool: Any = None
         self.replays = 0
 
     def __call__(self, batch: StepBatch, cache: KVCache, executable: Any) -> Tensor | None:
@@ -99,16 +112,16 @@ class DecodeGraphs:
         size = padded_size(requests)
         if size is None:
             return None
-        # Graphs hold the addresses of weights and caches.
-        key = (executable.weights_version, cache.tensors[0].data_ptr() if cache.tensors else 0)
-        if key != self._key:
+        if executable.weights_version != self._weights_version:
             self._captured.clear()
-            self._key = key
+            self._weights_version = executable.weights_version
         width = 1 << max(0, batch.block_tables.shape[1] - 1).bit_length()
         padded = pad_decode(batch, size, width)
-        captured = self._captured.get((size, width))
+        graphs = self._captured.setdefault(cache, {})
+        kind = (size, width, _fields(padded))
+        captured = graphs.get(kind)
         if captured is None:
-            captured = self._captured[size, width] = self._capture(padded, cache, executable)
+            captured = graphs[kind] = self._capture(padded, cache, executable)
         for mine, given in zip(_tensors(captured.inputs), _tensors(padded), strict=True):
             mine.copy_(given, non_blocking=True)
         captured.graph.replay()
@@ -120,18 +133,17 @@ class DecodeGraphs:
         """Runs a step once, which compiles its kernels, then captures it. The fillers' effect on the cache is none;
         the requests' own keys are written again, to the same values, when the graph is replayed."""
         device = executable.device
-        tensors = {field.name: getattr(batch, field.name) for field in fields(StepBatch)}
-        inputs = StepBatch(**{name: tensor.to(device) for name, tensor in tensors.items() if tensor is not None})
-        shared, executable.arena = executable.arena, torch.empty(0, dtype=torch.uint8, device=device)
-        try:
+        inputs = StepBatch(**{name: getattr(batch, name).to(device) for name in _fields(batch)})
+        # The device's own stream: PyTorch's for captures belongs to the device on which the first one was made.
+        with torch.cuda.device(device):
             stream = torch.cuda.Stream(device)
             stream.wait_stream(torch.cuda.current_stream(device))
             with torch.cuda.stream(stream):
                 self._run(inputs, cache)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            with torch.cuda.graph(graph):
+            if self._pool is None:
+                self._pool = torch.cuda.graph_pool_handle()
+            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
                 logits = self._run(inputs, cache)
-            return _Captured(graph, inputs, logits, executable.arena)
-        finally:
-            executable.arena = shared
+        return _Captured(graph, inputs, logits)

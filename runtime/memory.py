@@ -1,10 +1,23 @@
-"""How much memory is left: to the machine, and to the control groups that this process is in."""
+"""How much memory is left: to a GPU, or to the machine and the control groups that this process is in."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
+import torch
+
 _FALLBACK = 4 << 30  # of a system that tells nothing
+
+
+def device_memory(device: torch.device) -> int:
+    """Bytes that this process can still take on `device`: `available_memory` of a CPU.
+
+    Of a GPU what its driver calls free, and what PyTorch's allocator holds without using it.
+    """
+    if device.type != "cuda":
+        return available_memory()
+    free, _ = torch.cuda.mem_get_info(device)
+    return int(free) + torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
 
 
 def available_memory(root: Path = Path("/")) -> int:

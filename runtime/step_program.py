@@ -72,7 +72,7 @@ class StepProgram:
         # Stands for the embeddings of a step that has none.
         size, dtype = (self.prompt_embeds.size, self.prompt_embeds.dtype) if self.prompt_embeds else (0, torch.float32)
         self._no_embeds = torch.zeros((1, size), dtype=dtype, device=self.executable.device)
-        self._no_index = torch.full((16,), -1, device=self.executable.device)
+        self._no_index: dict[int, Tensor] = {}
         self.rows_computed = 0
         self.num_steps = 0
         self._latest: _Latest | None = None
@@ -138,10 +138,11 @@ class StepProgram:
             return logits
 
     def _without_embeds(self, tokens: int) -> Tensor:
-        """The index of a step whose tokens all have ids, in memory that stays until a longer one is asked for."""
-        if tokens > len(self._no_index):
-            self._no_index = torch.full((tokens,), -1, device=self._no_index.device)
-        return self._no_index[:tokens]
+        """The index of a step whose tokens all have ids, in memory that stays: captured graphs hold its address."""
+        room = 1 << max(4, (tokens - 1).bit_length())
+        if room not in self._no_index:
+            self._no_index[room] = torch.full((room,), -1, device=self.executable.device)
+        return self._no_index[room][:tokens]
 
     def largest(self, logits: Tensor) -> tuple[list[float], list[int]] | None:
         """Value and place of the first largest element of each row, for the logits that the latest call lent.

@@ -54,7 +54,7 @@ _BY_KIND = {
     "floor_div": ("f.int_floor_div", "f.float_floor_div"),
     "trunc_div": ("f.int_trunc_div", ""),
     "remainder": ("f.int_floor_mod", "f.float_remainder"),
-    "fmod": ("f.int_trunc_mod", "%"),
+    "fmod": ("f.int_trunc_mod", "f.float_fmod"),
     "pow": ("f.int_pow", "f.float_pow"),
 }
 _EXTREME: dict[str, tuple[str, str]] = {
@@ -156,7 +156,8 @@ class _NestPrinter:
 
     def lines(self, name: str) -> list[str]:
         kernel, nest = self.kernel, self.nest
-        listed = ", ".join(f'"{s}"' for s in (*kernel.symbols, "rows"))
+        # Numbers of rows that are multiples of 16 get code of their own, in which the mask lets accesses be wide.
+        listed = ", ".join(f'"{s}"' for s in kernel.symbols)
         buffers = "".join(f"b{n}, " for n in range(len(kernel.buffers)))
         symbols = "".join(f"{s}, " for s in kernel.symbols)
         head = [
@@ -337,7 +338,7 @@ class SweepPrinter:
         if function == "reciprocal":
             return f"(1.0 / {args[0]})"
         if function == "trunc_div" and floating:
-            return f"f.trunc({args[0]} / {args[1]})"
+            return f"f.trunc(f.float_div({args[0]}, {args[1]}))"
         if function in _BY_KIND:
             name = _BY_KIND[function][floating]
             return f"{name}({', '.join(args)})" if "." in name else f"({args[0]} {name} {args[1]})"

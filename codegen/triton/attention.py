@@ -109,7 +109,7 @@ def _contiguous(call: Call) -> list[Launch]:
         mask = mask.view(torch.uint8)
     tensors = (q, k, v, *call.present(mask), out, *call.present(slopes, sinks))
     args = (*tensors, scale, softcap, queries, keys, window, *strides)
-    grid = (ceil_div(queries, rows // repeat), groups, batch)
+    grid = (ceil_div(queries, rows // repeat) * batch, groups)
     return [Launch("attention.contiguous", grid, args, constants, warps, stages)]
 
 

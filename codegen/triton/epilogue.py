@@ -11,7 +11,6 @@ from llmopt.codegen.loops.ir import Load, LoopKernel, Value
 from llmopt.codegen.loops.print_triton import TYPES, SweepPrinter, indent
 
 _IMPORTED = "added_splits, gemm_sums, gemv_sums, store_part, with_bias"
-_SIZES = ("n0", "n1", "n2", "rows")
 _WEIGHTS = "w0, w1, w2, c0, c1, c2, n0, n1, n2, rows"
 _TILE = "SPLITS: tl.constexpr, SEGMENTS: tl.constexpr, B0: tl.constexpr, B1: tl.constexpr, B2: tl.constexpr"
 
@@ -21,7 +20,7 @@ def print_triton_epilogue(kernel: LoopKernel) -> str:
     (nest,) = kernel.nests
     operands = [*(f"b{n}" for n in range(1, len(kernel.buffers))), *kernel.symbols]
     head = ", ".join(operands)
-    listed = ", ".join(f'"{name}"' for name in (*kernel.symbols, *_SIZES))
+    listed = ", ".join(f'"{name}"' for name in (*kernel.symbols, "rows"))
     jit = f"@triton.jit(do_not_specialize=[{listed}])"
     finish = [
         *(f"{name} = {name}.to(INDEX)" for name in kernel.symbols),

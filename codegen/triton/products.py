@@ -159,7 +159,7 @@ def _batched(call: Call) -> list[Launch]:
     *levels, x_row, out_row = strides
     bm = 16 if m <= 16 else 32 if m <= 32 else 64
     tile = {"BM": bm, "BN": 64, "BK": 32, "PRECISION": precision(x)}
-    grid = (batch0 * batch1 * batch2, ceil_div(m, bm) * ceil_div(n, 64))
+    grid = (batch0 * batch1 * batch2 * ceil_div(m, bm) * ceil_div(n, 64),)  # only the first may be large
     args = (x, w, out, m, n, k, x_row, out_row, batch1, batch2, *levels)
     return [Launch("linear.batched", grid, args, tile, stages=3)]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -107,14 +108,39 @@ def test_a_fused_loop() -> None:
     check(loops_of(lambda x: (x.softmax(-1) * x.tanh()).to(torch.float32)), 90)
 
 
+def narrow(launch: Launch) -> list[str]:
+    """The accesses to global memory of less than 8 bytes."""
+    ptx = compile_for(launch, 90).asm["ptx"]
+    accesses = re.findall(r"(?:ld|st)\.global\S*", ptx)
+    assert accesses
+    return [access for access in accesses if ".v2.b32" not in access and ".v4" not in access and ".b64" not in access]
+
+
+def test_accesses_of_a_loop_are_wide() -> None:
+    x = torch.zeros(64, 4096, dtype=torch.bfloat16)
+    lowered = lower_for_cuda(trace(lambda x: [torch.nn.functional.gelu(x) * 2], x, static=[-1]).graph)
+    (launch,) = planned_launches(lowered, [x])
+    assert narrow(launch) == []
+
+
+def test_stores_of_a_product_are_wide() -> None:
+    inputs = [torch.zeros(size, dtype=torch.bfloat16) for size in ((1, 256, 2048), (2048, 2048), (1, 256, 2048))]
+    for function in (with_residual, lambda x, w, _: [torch.ops.llmopt.linear(x, [w], [None])]):
+        lowered = lower_for_cuda(trace(function, *inputs, static=[-1, -2]).graph)
+        (launch,) = planned_launches(lowered, inputs)
+        assert [access for access in narrow(launch) if access.startswith("st")] == []
+
+
+def with_residual(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
+    return [residual + torch.ops.llmopt.linear(x, [w], [None])]
+
+
 def test_a_product_with_an_epilogue() -> None:
-    def function(x: torch.Tensor, w: torch.Tensor, residual: torch.Tensor) -> list[torch.Tensor]:
-        return [residual + torch.ops.llmopt.linear(x, [w], [None])]
 
     made: dict[str, Launch] = {}
     for rows in (1, 5, 70):
         inputs = [torch.zeros(size, dtype=torch.bfloat16) for size in ((1, rows, 2048), (64, 2048), (1, rows, 64))]
-        lowered = lower_for_cuda(trace(function, *inputs, static=[-1, -2]).graph)
+        lowered = lower_for_cuda(trace(with_residual, *inputs, static=[-1, -2]).graph)
         made |= {launch.kernel: launch for launch in planned_launches(lowered, inputs)}
     assert made.keys() == {"gemv", "gemm", "merge_splits"}
     check(list(made.values()), 90)

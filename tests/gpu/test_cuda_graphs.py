@@ -1,13 +1,15 @@
-"""What of captured decode steps needs no GPU: which steps are captured, and how they are filled up."""
+"""What of captured decode steps needs no GPU: which are captured, how they are filled up, and which graph serves."""
 
 from __future__ import annotations
 
 import dataclasses
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
 
-from llmopt.runtime.cuda_graphs import PADDED_SIZES, is_decode, pad_decode, padded_size
+from llmopt.runtime.cuda_graphs import PADDED_SIZES, DecodeGraphs, _Captured, is_decode, pad_decode, padded_size
 from llmopt.runtime.step_batch import StepBatch
 
 
@@ -61,3 +63,58 @@ def test_pages_of_layers_with_a_window_are_filled_up_as_the_others() -> None:
     assert pad_decode(own, 8, 4).window_block_tables is None
     # A batch without uses the other layers' pages for all.
     assert own.inputs(["window_slot_mapping"]) == [own.slot_mapping]
+
+
+class Graph:
+    def replay(self) -> None:
+        pass
+
+
+@dataclasses.dataclass(eq=False)
+class Cache:
+    tensors: list[torch.Tensor]
+
+
+@pytest.fixture
+def captures(monkeypatch: pytest.MonkeyPatch) -> list[tuple[StepBatch, Any]]:
+    """What is captured, on a machine without a GPU."""
+    made: list[tuple[StepBatch, Any]] = []
+
+    def capture(self: DecodeGraphs, padded: StepBatch, cache: Any, executable: Any) -> _Captured:
+        made.append((padded, cache))
+        return _Captured(Graph(), dataclasses.replace(padded), torch.zeros(len(padded.input_ids), 5))
+
+    monkeypatch.setattr(DecodeGraphs, "_capture", capture)
+    return made
+
+
+def executable() -> Any:
+    return SimpleNamespace(device=torch.device("cuda", 0), weights_version=0, check=lambda: None)
+
+
+def test_a_graph_serves_the_cache_and_the_fields_that_it_was_captured_with(captures: list[Any]) -> None:
+    graphs, gpu, step = DecodeGraphs(lambda *_: torch.zeros(1, 5)), executable(), batch([[7]], [4])
+    first = torch.zeros(4)
+    one, other = Cache([first, torch.zeros(4)]), Cache([first, torch.zeros(4)])  # alike in their first address
+    for cache in (one, other, one, other):
+        logits = graphs(step, cache, gpu)  # type: ignore[arg-type]
+        assert logits is not None and logits.shape == (1, 5)
+    assert [cache for _, cache in captures] == [one, other]
+    adapted = dataclasses.replace(step, adapter_index=torch.tensor([0], dtype=torch.int32))
+    for again in (adapted, step, adapted):
+        assert graphs(again, one, gpu) is not None  # type: ignore[arg-type]
+    assert len(captures) == 3 and captures[2][0].adapter_index is not None
+    assert graphs.replays == 7
+
+
+def test_graphs_end_with_their_cache_and_with_the_weights(captures: list[Any]) -> None:
+    graphs, gpu, step = DecodeGraphs(lambda *_: torch.zeros(1, 5)), executable(), batch([[7]], [4])
+    cache, other = Cache([torch.zeros(4)]), Cache([torch.zeros(4)])
+    graphs(step, cache, gpu), graphs(step, other, gpu)  # type: ignore[arg-type]
+    assert len(graphs._captured) == 2
+    captures.clear()
+    del other
+    assert len(graphs._captured) == 1
+    gpu.weights_version += 1
+    graphs(step, cache, gpu)  # type: ignore[arg-type]
+    assert len(captures) == 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -57,6 +58,14 @@ def test_samples(name: str, dtype: torch.dtype) -> None:
         for got, wanted in zip(given, again, strict=True):
             if isinstance(got, torch.Tensor):  # what the op writes to
                 torch.testing.assert_close(got.cpu(), wanted, rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", [torch.fmod, torch.remainder, torch.floor_divide])
+def test_large_quotients(function: Callable[..., torch.Tensor]) -> None:
+    """Where a remainder from the rounded quotient would be off by multiples of the divisor."""
+    x, y = torch.randn(4096, device="cuda") * 1e8, torch.rand(4096, device="cuda") + 0.1
+    compiled = torch.compile(function, backend="llmopt", options={"fallback": "error"})
+    torch.testing.assert_close(compiled(x, y), function(x, y), rtol=0, atol=0)
 
 
 def relative_error(actual: torch.Tensor, exact: torch.Tensor) -> float:

@@ -8,11 +8,17 @@ import pytest
 import torch
 from gpu.devices import inverting, lower_for_cuda, to_cuda
 from graphs.capturing import catch
+from kernels.loop_programs import trace
 from models.zoo import VOCABULARY, ZOO, build
 
+from llmopt.codegen.lower import lower
 from llmopt.codegen.program import Program
 from llmopt.codegen.program_json import from_json, to_json
+from llmopt.codegen.target import device_of
 from llmopt.codegen.triton.templates import TEMPLATES
+from llmopt.compilation import compile_step
+from llmopt.compiler.errors import UnsupportedError
+from llmopt.compiler.graph import fake_mode, placeholders, refresh_values
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import run_pipeline
 from llmopt.passes.pipeline import BACKEND, InsertLora, step_pipeline
@@ -65,6 +71,24 @@ def step_program(name: str, lora: InsertLora | None = None) -> Program:
     program = lower_for_cuda(captured.graph).program
     check(program)
     return program
+
+
+def test_a_graph_over_two_gpus_is_refused() -> None:
+    graph = to_cuda(trace(lambda x, y: [x + 1, y * 2], torch.randn(4, 8), torch.randn(4, 8), static=[-1]).graph)
+    assert device_of(graph) == torch.device("cuda", 0)
+    second = placeholders(graph)[-1]
+    with fake_mode(graph):
+        second.meta["val"] = torch.empty((4, 8), device=torch.device("cuda", 1))
+    refresh_values(graph)
+    with pytest.raises(UnsupportedError, match="lies on cuda:1, other tensors on cuda:0"):
+        lower(graph)
+
+
+def test_no_program_for_a_gpu_is_batch_invariant() -> None:
+    captured, _ = trace_forward(logits_of(build("llama")), 128)
+    to_cuda(captured.graph)
+    with pytest.raises(UnsupportedError, match="batch_invariant"):
+        compile_step(captured, Options(batch_invariant=True))
 
 
 @pytest.mark.parametrize("name", models("bloom"))

@@ -95,6 +95,12 @@ def _rope(theta: float = 10000.0, **more: Any) -> dict[str, Any]:
     return {"rope_type": "default", "rope_theta": theta, **more}
 
 
+def _ministral3_rope(beta: float) -> dict[str, Any]:
+    lengths = {"factor": 16.0, "original_max_position_embeddings": 16, "beta_fast": 32.0, "beta_slow": 1.0}
+    scales = {"mscale": 1.0, "mscale_all_dim": 1.0, "llama_4_scaling_beta": beta}
+    return _rope(rope_type="yarn", truncate=False, **lengths, **scales)
+
+
 _COMMON: dict[str, Any] = {"vocab_size": VOCABULARY, "max_position_embeddings": 256, **_NO_SPECIAL_TOKENS}
 _LLAMA_LIKE: dict[str, Any] = {
     **_COMMON,
@@ -160,6 +166,13 @@ ENTRIES: dict[str, Entry] = {
         {**_LLAMA_LIKE, "sliding_window": 16},
         "sliding window of 16 tokens, shorter than the longer prompts",
         {"window": {"sliding_window": None}},
+    ),
+    "ministral3": Entry(
+        "Ministral3Config",
+        "Ministral3ForCausalLM",
+        {**_LLAMA_LIKE, "sliding_window": None, "rope_parameters": _ministral3_rope(2.0)},
+        "queries scaled by a step function of their position, which is one up to position 16",
+        {"query scale": {"rope_parameters": _ministral3_rope(0.0)}},
     ),
     "gemma2": Entry(
         "Gemma2Config",

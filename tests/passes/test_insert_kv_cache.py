@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from graphs.causal_models import HIDDEN, VOCABULARY, Extra, TinyCausal, traced
+from graphs.causal_models import HIDDEN, POSITIONS, VOCABULARY, Extra, TinyCausal, traced
 from graphs.rewriting import Rewritten, assert_golden
 from graphs.step_passes import BLOCK, AttentionOnly, graph_before, run_pass
 from torch import Tensor, fx, nn
@@ -78,8 +78,8 @@ def check(model: TinyCausal, verify: bool = False) -> PassReport:
     """Ragged batches, whole and in chunks and token by token, against the model itself."""
     graph, report = step_graph(model, verify)
     generator = torch.Generator().manual_seed(3)
-    rows = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (1, 4, 11)]
-    for chunk in (1, 3, 11):
+    rows = [torch.randint(0, VOCABULARY, (n,), generator=generator).tolist() for n in (1, 4, 30)]
+    for chunk in (1, 5, 30):
         for row, got in zip(rows, run_step(graph, model, rows, chunk), strict=True):
             with torch.no_grad():
                 (expected,) = model(torch.tensor([row]))
@@ -115,6 +115,11 @@ def test_layers_with_a_window_have_pages_of_their_own() -> None:
         assert group_windows(specs) == [max(windows)]
 
 
+def _visible(x: Tensor) -> Tensor:
+    """A mask as callers without padding give it."""
+    return torch.ones(1, x.shape[1], dtype=torch.int64)
+
+
 ACCEPTED: dict[str, Extra] = {
     "pointwise": lambda m, x, p: x.tanh() * 2 + x,
     "softmax over features": lambda m, x, p: x.softmax(-1) + x,
@@ -129,6 +134,18 @@ ACCEPTED: dict[str, Extra] = {
     "positions as numbers": lambda m, x, p: x + 0.01 * p[None, :, None],
     "shifted positions": lambda m, x, p: x + m.places(p + 2),
     "doubled positions": lambda m, x, p: x + m.places(torch.arange(x.shape[1]) * 2 + 1),
+    "clamped positions": lambda m, x, p: x + m.places(p.clamp(max=15)),
+    "positions in turn": lambda m, x, p: x + m.places(p % 20),
+    "positions up to some place": lambda m, x, p: x + m.places(torch.where(p > 20, 3, p)),
+    "a scale that grows by steps": lambda m, x, p: x * (1 + torch.log(1 + torch.floor(p / 16)))[None, :, None],
+    "the first rows of a table": lambda m, x, p: x + m.places.weight[: x.shape[1]],
+    "later rows of a table": lambda m, x, p: x + m.places.weight[None].narrow(1, 3, x.shape[1]),
+    "positions out of a list": lambda m, x, p: x + m.places(torch.arange(POSITIONS)[None, : x.shape[1]]),
+    "the same row everywhere": lambda m, x, p: x + m.norm.bias.expand(1, x.shape[1], HIDDEN),
+    "the same number everywhere": lambda m, x, p: x * torch.full((x.shape[1], 1), 0.5),
+    "positions without what is hidden": lambda m, x, p: (
+        x + m.places(_visible(x).cumsum(1).masked_fill(_visible(x) == 0, 1) - 1)
+    ),
     "positions from a mask": lambda m, x, p: x + m.places(torch.ones(1, x.shape[1], dtype=torch.int64).cumsum(1) - 1),
 }
 
@@ -161,8 +178,23 @@ REFUSED: dict[str, tuple[Extra, str, str]] = {
     "norm over tokens": (lambda m, x, p: x / x.norm(dim=1, keepdim=True), "norm", ""),
     "convolution over time": (_conv, "pad", ""),
     "linear attention": (_outside, "batched_linear", "pairs of positions"),
-    "length": (lambda m, x, p: x * (1 / x.shape[1]), "mul", "mixes rows"),
-    "length in a power": (lambda m, x, p: x * x.shape[1] ** 0.5, "mul", "mixes rows"),
+    "length": (lambda m, x, p: x * (1 / x.shape[1]), "mul", "the number of tokens"),
+    "length in a power": (lambda m, x, p: x * x.shape[1] ** 0.5, "mul", "the number of tokens"),
+    "length as a tensor": (
+        lambda m, x, p: x / torch.tensor(x.shape[1]).sqrt(),
+        "scalar_tensor",
+        "the number of tokens",
+    ),
+    "length in a fill": (lambda m, x, p: x * torch.full((1,), x.shape[1]), "full", "the number of tokens"),
+    "length in every row": (
+        lambda m, x, p: x * torch.full((x.shape[1], 1), x.shape[1]),
+        "full",
+        "the number of tokens",
+    ),
+    "last row of a table": (lambda m, x, p: x + m.places.weight[x.shape[1] - 1], "select", "the number of tokens"),
+    "last rows of a table": (lambda m, x, p: x + m.places.weight[-x.shape[1] :], "slice", "depend on the length"),
+    "largest position": (lambda m, x, p: x * (p.max() + 1), "max", "not known"),
+    "random rows": (lambda m, x, p: x * torch.rand(x.shape[1], 1), "rand", "the number of tokens"),
     "product with a mask": (lambda m, x, p: x.mT.reshape(1, -1, HIDDEN) + x, "view", "mixes rows"),
     "global sum": (lambda m, x, p: x + x.sum(), "sum", "not known"),
     "summed positions": (lambda m, x, p: x + p.cumsum(0)[None, :, None], "cumsum", "mixes rows"),
@@ -173,8 +205,8 @@ REFUSED: dict[str, tuple[Extra, str, str]] = {
     ),
     "positions by the length": (
         lambda m, x, p: x * (p / x.shape[1])[None, :, None],
-        "",
-        "positions depend on the length",
+        "div",
+        "the number of tokens",
     ),
 }
 
@@ -199,8 +231,8 @@ def _reversed(length: int) -> Tensor:
     ("positions", "reason"),
     [
         (_reversed, "positions depend on the length"),
-        (lambda n: torch.arange(n) + n, "positions depend on the length"),
-        (lambda n: torch.arange(n).flip(0), "positions depend on the length"),
+        (lambda n: torch.arange(n) + n, "the number of tokens is computed with"),
+        (lambda n: torch.arange(n).flip(0), "mixes rows"),
     ],
 )
 def test_positions_that_do_not_count_upwards(positions: Callable[[int], Tensor], reason: str) -> None:
@@ -219,7 +251,10 @@ class Other(TinyCausal):
         if self.kind == "no attention":
             return self.head(x)
         q = x.view(1, -1, 2, HIDDEN // 2).transpose(1, 2)
-        if self.kind == "bidirectional":
+        if self.kind == "of features":  # each token's own
+            q = x.view(-1, 4, 2, HIDDEN // 8).transpose(1, 2)
+            y = nn.functional.scaled_dot_product_attention(q, q, q, is_causal=True)
+        elif self.kind == "bidirectional":
             y = nn.functional.scaled_dot_product_attention(q, q, q)
         else:
             mask = (ids[0][None, :] == ids[0][:, None]).tril()
@@ -232,6 +267,7 @@ class Other(TinyCausal):
     [
         ("no attention", "no attention was recognised"),
         ("bidirectional", "attention is not causal"),
+        ("of features", "attention is over something else than the sequence"),
         ("mask of the tokens", "pairs of positions are computed outside attention"),
     ],
 )

@@ -90,8 +90,7 @@ def test_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
     record("at")
     record("whole")
     assert infer_rule([Term(mask)], HEADS) == MaskRule(True, window)
-    assert sizes and max(sizes) <= max(20_000, 4 * window)
-    assert sum(sizes) <= 100 * max(1000, window)
+    assert sizes and max(sizes) < 1 << 20 and sum(sizes) < 1 << 24
 
 
 @pytest.mark.parametrize(
@@ -103,6 +102,11 @@ def test_windows(window: int, monkeypatch: pytest.MonkeyPatch) -> None:
         (lambda n: causal(n) & (pair(n)[0] - pair(n)[1] <= 5), MaskRule(True, 6)),
         (lambda n: low(causal(n) & ~torch.ones(n, n, dtype=torch.bool).tril(-5)), MaskRule(True, 5)),
         (lambda n: pair(n)[1] > pair(n)[0] - 5, MaskRule(False, 5)),
+        (lambda n: causal(n) & ((pair(n)[0] - pair(n)[1]).float() < 100.0), MaskRule(True, 100)),
+        (lambda n: causal(n) & (pair(n)[0] / 0.01 - pair(n)[1] / 0.01 < 2e4), MaskRule(True, 200)),
+        (lambda n: low(causal(n) & ~torch.ones(n, n, dtype=torch.bool).tril(-4096)), MaskRule(True, 4096)),
+        (lambda n: (causal(n) & (pair(n)[1] > pair(n)[0] - 5)).flip(0).flip(0), MaskRule(True, 5)),
+        (lambda n: causal(n) & (pair(n)[1] > pair(n)[0] - min(n, 4096)), MaskRule(True, 4096)),
     ],
 )
 def test_full_and_window_in_other_words(formula: Mask, rule: MaskRule) -> None:
@@ -158,6 +162,45 @@ def test_packed_sequences_of_counted_positions_are_one_sequence() -> None:
     assert rule_of(packed) == MaskRule(True)
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_slopes_of_a_rounded_bias(dtype: torch.dtype) -> None:
+    def bias(n: int) -> Tensor:
+        slopes = 2.0 ** -(8 / 6 * torch.arange(1, 7))
+        return (slopes[:, None, None] * torch.arange(n)).to(dtype)
+
+    rule = rule_of(bias, lambda n: low(causal(n)), heads=6)
+    assert isinstance(rule, MaskRule), rule
+    assert rule.alibi_slopes == pytest.approx([2.0 ** -(8 / 6 * i) for i in range(1, 7)], rel=torch.finfo(dtype).eps)
+
+
+def test_a_window_of_another_size_is_no_rule() -> None:
+    """However many rows there were at capture."""
+
+    def model(x: Tensor, other: Tensor) -> Tensor:
+        window = torch.arange(other.shape[0]).max() + 1
+        return causal(x.shape[0]) & (pair(x.shape[0])[1] > pair(x.shape[0])[0] - window)
+
+    graph = catch(model, torch.randn(9), torch.ones(5), marked=[(0, 0), (1, 0)]).graph
+    run_pipeline(graph, (Normalize(), EliminateCommon()), Options())
+    rule = infer_rule([Term(mask) for mask in outputs(graph)], HEADS)
+    assert isinstance(rule, str) and "no rule" in rule, rule
+
+
+def test_the_batch_is_no_part_of_a_rule() -> None:
+    def model(x: Tensor, seen: Tensor) -> Tensor:
+        rows = torch.arange(seen.shape[0])[:, None, None, None]
+        return causal(x.shape[0]) & (rows < 2)
+
+    def plain(x: Tensor, seen: Tensor) -> Tensor:
+        return causal(x.shape[0]).expand(seen.shape[0], 1, -1, -1)
+
+    for function, expected in ((model, "differs within the batch"), (plain, MaskRule(True))):
+        graph = catch(function, torch.randn(9), torch.ones(5), marked=[(0, 0), (1, 0)]).graph
+        run_pipeline(graph, (Normalize(), EliminateCommon()), Options())
+        rule = infer_rule([Term(mask) for mask in outputs(graph)], HEADS)
+        assert rule == expected if isinstance(expected, MaskRule) else expected in str(rule), rule
+
+
 REFUSED: dict[str, tuple[tuple[Mask, ...], str]] = {
     "prefix": ((lambda n: causal(n) | (pair(n)[1] < 5),), "no rule"),
     "chunks": ((lambda n: causal(n) & (pair(n)[0] // 4 == pair(n)[1] // 4),), "no rule"),
@@ -176,7 +219,26 @@ REFUSED: dict[str, tuple[tuple[Mask, ...], str]] = {
         (lambda n: causal(n) & (torch.arange(HEADS)[:, None, None] * 4 + 3 > (pair(n)[0] - pair(n)[1])),),
         "no rule",
     ),
-    "random": ((lambda n: torch.rand(n, n) > 0.5,), ""),
+    "random": ((lambda n: torch.rand(n, n) > 0.5,), "is random"),
+    "a window out of sight": (
+        (lambda n: (causal(n) & (pair(n)[1] > pair(n)[0] - 2000)).flip(0).flip(0),),
+        "too large to be computed whole",
+    ),
+    "random slopes": ((causal, lambda n: torch.rand(HEADS, 1, 1) * torch.arange(n)), "is random"),
+    "chunks by a quotient": (
+        (lambda n: causal(n) & ((pair(n)[0] / 100.0).floor() == (pair(n)[1] / 100.0).floor()),),
+        "no rule",
+    ),
+    "blocks of blocks": (
+        (lambda n: causal(n) & ((pair(n)[0] // 8) % 40 == (pair(n)[1] // 8) % 40),),
+        "no rule",
+    ),
+    "a window of half the length": ((lambda n: causal(n) & (pair(n)[1] > pair(n)[0] - n // 2),), "no rule"),
+    "a window for long sequences": ((lambda n: causal(n) & (pair(n)[1] > pair(n)[0] - (n // 500 + 2000)),), "no rule"),
+    "a bias by the length": ((causal, lambda n: pair(n)[1] / n), "not linear"),
+    "a bias that ends": ((causal, lambda n: (pair(n)[1] * 0.1).clamp(max=20.0)), "not linear"),
+    "a small bias of every other key": ((causal, lambda n: (pair(n)[1] % 2) * 9e-4), "not linear"),
+    "a small bias beside a slope": ((causal, lambda n: pair(n)[1] * 0.5 + (pair(n)[1] % 2) * 9e-4), "not linear"),
 }
 
 

@@ -198,18 +198,20 @@ def contiguous(
     BM: tl.constexpr, BN: tl.constexpr, CAUSAL: tl.constexpr, MASK: tl.constexpr, SOFTCAP: tl.constexpr,
     WINDOW: tl.constexpr, SLOPES: tl.constexpr, SINKS: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """Attention over contiguous keys. MASK: 0 none, 1 boolean, 2 additive. Grid: (query tiles, groups, batch)."""
+    """Attention over contiguous keys. MASK: 0 none, 1 boolean, 2 additive. Grid: (batch times query tiles, groups)."""
     BQ: tl.constexpr = BM // REPEAT
-    first = tl.program_id(0) * BQ
+    query_tiles = tl.cdiv(queries, BQ)
+    first = tl.program_id(0) % query_tiles * BQ
     group = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    batch = (tl.program_id(0) // query_tiles).to(tl.int64)
     m = tl.arange(0, BM)
     i = first + m // REPEAT
     head = group * REPEAT + m % REPEAT
+    group = group.to(tl.int64)  # times strides, which may be long
     ok = (m < BQ * REPEAT) & (i < queries)
     d = tl.arange(0, BLOCK_D)
     e = tl.arange(0, BLOCK_E)
-    q_rows = q + batch * q_batch + i.to(tl.int64) * q_row + head * q_head
+    q_rows = q + batch * q_batch + i.to(tl.int64) * q_row + head.to(tl.int64) * q_head
     qt = tl.load(q_rows[:, None] + d[None, :], mask=ok[:, None] & (d < SIZE)[None, :], other=0.0)
     if SLOPES:
         slope = tl.load(slopes + head, mask=ok, other=0.0)
@@ -255,6 +257,6 @@ def contiguous(
     if SINKS:
         total, acc = _sink(tl.load(sinks + head, mask=ok, other=0.0), top, total, acc)
     y = acc / tl.where(total == 0.0, 1.0, total)[:, None]
-    o_rows = out + batch * o_batch + i.to(tl.int64) * o_row + head * o_head
+    o_rows = out + batch * o_batch + i.to(tl.int64) * o_row + head.to(tl.int64) * o_head
     target = ok[:, None] & (e < VALUE_SIZE)[None, :]
     tl.store(o_rows[:, None] + e[None, :], y.to(out.dtype.element_ty), mask=target)

@@ -5,9 +5,14 @@ Written out where Triton has no function of its own that its interpreter also kn
 
 from __future__ import annotations
 
+import os
+
 import triton
 import triton.language as tl
+from triton.language.extra import libdevice
 
+# The interpreter knows nothing of libdevice.
+_INTERPRETED = tl.constexpr(os.environ.get("TRITON_INTERPRET") == "1")
 LOG2E = tl.constexpr(1.4426950408889634)
 
 
@@ -133,15 +138,35 @@ def int_floor_mod(a, b):
 
 
 @triton.jit
+def float_div(a, b):
+    """Rounded to nearest: what is cut to an integer must not lie beside it. `/` is not that exact for float32."""
+    if a.dtype == tl.float64:
+        q = a / b
+    else:
+        q = tl.div_rn(a, b)
+    return q
+
+
+@triton.jit
+def float_fmod(a, b):
+    """Exact, as C's; on a GPU Triton's own `%` is `a - trunc(a / b) * b`, which large quotients lead astray."""
+    if _INTERPRETED:
+        r = a % b
+    else:
+        r = libdevice.fmod(a, b)
+    return r
+
+
+@triton.jit
 def float_remainder(a, b):
-    r = a % b
+    r = float_fmod(a, b)
     return tl.where((r != 0) & ((r < 0) != (b < 0)), r + b, r)
 
 
 @triton.jit
 def float_floor_div(a, b):
     """PyTorch's: the quotient without the remainder, so that it never lands beside an integer."""
-    exact = (a - float_remainder(a, b)) / b
+    exact = float_div(a - float_remainder(a, b), b)
     near = tl.floor(exact)
     return tl.where(b == 0, a / b, tl.where(exact - near > 0.5, near + 1.0, near))
 

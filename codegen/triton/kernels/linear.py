@@ -12,7 +12,8 @@ import triton.language as tl
 
 from llmopt.codegen.triton.kernels.functions import dot
 
-_SIZES = ["n0", "n1", "n2", "rows"]
+# The number of rows changes from call to call. That of columns does not; where it is a multiple of 16, stores are wide.
+_SIZES = ["rows"]
 
 
 @triton.jit
@@ -33,8 +34,8 @@ def _bias(b0, b1, b2, n0, n1, n2, cols, B0: tl.constexpr, B1: tl.constexpr, B2: 
 def _segment(tile, w0, w1, w2, n0, n1, n2, BN: tl.constexpr, SEGMENTS: tl.constexpr):
     """(weight, its rows, tile within it, columns before it) of a tile counted over all segments."""
     w = w0
-    n = n0
-    shift = n0 * 0
+    n = n0 + tile * 0
+    shift = tile * 0
     if SEGMENTS > 1:
         first = tl.cdiv(n0, BN)
         if tile >= first:
@@ -204,11 +205,12 @@ def batched(
     x0, x1, x2, w0, w1, w2, o0, o1, o2,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr, PRECISION: tl.constexpr,
 ):  # fmt: skip
-    """`x[..., M, K]` times `w[..., N, K]` transposed over three levels of batch. Grid: (batch, tiles)."""
+    """`x[..., M, K]` times `w[..., N, K]` transposed over three levels of batch. Grid: batch times tiles."""
     tiles_m = tl.cdiv(M, BM)
-    tile_m = tl.program_id(1) % tiles_m
-    tile_n = tl.program_id(1) // tiles_m
-    batch = tl.program_id(0).to(tl.int64)
+    tiles = tiles_m * tl.cdiv(N, BN)
+    tile_m = tl.program_id(0) % tiles % tiles_m
+    tile_n = tl.program_id(0) % tiles // tiles_m
+    batch = (tl.program_id(0) // tiles).to(tl.int64)
     c = batch % batch2
     b = batch // batch2 % batch1
     a = batch // batch2 // batch1

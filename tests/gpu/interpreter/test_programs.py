@@ -53,6 +53,15 @@ def step_program(model: TinyCausal, prompt_embeds: bool = False) -> StepProgram:
     return program
 
 
+def test_a_step_without_embeddings_reads_the_same_memory_after_longer_ones() -> None:
+    """A captured graph holds its address."""
+    program = step_program(TinyCausal(), prompt_embeds=True)
+    before = program._without_embeds(3)
+    assert before.tolist() == [-1] * 3
+    assert program._without_embeds(40).tolist() == [-1] * 40
+    assert program._without_embeds(2).data_ptr() == before.data_ptr()
+
+
 def test_chunked_prefill_and_padded_decode_equal_eager() -> None:
     model = TinyCausal(layers=2)
     program = step_program(model)
