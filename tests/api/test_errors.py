@@ -16,6 +16,6 @@ def test_errors_can_be_pickled(name: str) -> None:
         errors.OptionError: errors.OptionError("threads", -1, ("0", "1")),
         errors.UnsupportedError: errors.UnsupportedError("no kernel", operation="aten.sin", location="model.py:3"),
     }
-    error = given.get(kind, kind("what went wrong"))
+    error = given[kind] if kind in given else kind("what went wrong")
     again = pickle.loads(pickle.dumps(error))  # noqa: S301  # this test's own bytes
     assert type(again) is kind and str(again) == str(error) and vars(again) == vars(error)
