@@ -156,6 +156,8 @@ def generate(
     with progress("loading"):
         if structure:
             chosen["structured_outputs"] = llmopt.StructuredOutputsParams(**structure)
+        # What is wrong with any model is said before one is loaded; how many tokens is the folder's to say, too.
+        llmopt.SamplingParams(**{"max_tokens": None, **chosen})
         llm = llmopt.LLM(model, **options)
         sampling = llm.get_default_sampling_params().replace(**chosen)
     if stream:
