@@ -24,6 +24,7 @@ from transformers import (
 )
 
 import llmopt
+from llmopt.compiled_forward import beyond_the_class
 from llmopt.errors import InputError, OptionError, UnsupportedError
 
 PAD, EOS = 0, 7
@@ -311,25 +312,12 @@ def hook(model: Any) -> None:
     model.register_forward_hook(steer)
 
 
-def pre_hook(model: Any) -> None:
-    model.register_forward_pre_hook(lambda module, args, kwargs: (args, {**kwargs, "shift": 9}), with_kwargs=True)
-    own = type(model).forward
-
-    class Shifted(type(model)):  # type: ignore[misc]
-        """Takes what the hook adds."""
-
-        def forward(self, *args: Any, shift: int = 0, **kwargs: Any) -> Any:
-            return steer(self, args, own(self, *args, **kwargs)) if shift else own(self, *args, **kwargs)
-
-    model.__class__ = Shifted
-
-
 def replaced(model: Any) -> None:
     forward = model.forward
     model.forward = functools.wraps(forward)(lambda *args, **kwargs: steer(model, args, forward(*args, **kwargs)))
 
 
-@pytest.mark.parametrize("change", [hook, pre_hook, replaced])
+@pytest.mark.parametrize("change", [hook, replaced])
 @pytest.mark.parametrize("late", [False, True])
 def test_what_a_call_does_beyond_its_class_is_kept(change: Callable[[Any], None], late: bool) -> None:
     """The model is steered to one token; that it was steered before or after `optimize` makes no difference."""
@@ -344,6 +332,13 @@ def test_what_a_call_does_beyond_its_class_is_kept(change: Callable[[Any], None]
         llmopt.optimize(model)
     assert model.generate(IDS, **GREEDY)[0, -3:].tolist() == [9, 9, 9]
     assert "transformers" in notes(model) and "forward" in notes(model)
+
+
+def test_hooks_before_the_forward_count_too() -> None:
+    model = llmopt.optimize(nn.Linear(2, 2))
+    assert beyond_the_class(model) is None
+    model.register_forward_pre_hook(lambda module, args: None)
+    assert beyond_the_class(model) == "the model has forward hooks"
 
 
 def test_hooks_and_forwards_of_modules_inside_are_kept() -> None:
