@@ -42,6 +42,7 @@ class AsyncLLM:
 
     def __init__(self, model: torch.nn.Module | str | Path, tokenizer: Any = None, **options: Any) -> None:
         self._model = ServedModel(model, tokenizer, **options)
+        self.options, self.report = self._model.options, self._model.report
         self._requests = RequestBuilder(self._model)
         self._engine = AsyncEngine(self._model.core())
         # One that nobody holds any more has threads that would never end.
@@ -159,6 +160,11 @@ class AsyncLLM:
         return self._model.max_model_len
 
     @property
+    def vocab_size(self) -> int:
+        """Number of token ids."""
+        return self._model.vocab_size
+
+    @property
     def is_running(self) -> bool:
         """Whether requests are taken: neither shut down nor dead."""
         return self._engine.is_running
@@ -175,6 +181,21 @@ class AsyncLLM:
     def get_default_sampling_params(self) -> SamplingParams:
         """What `generate` takes where no parameters are given; see `LLM.get_default_sampling_params`."""
         return self._model.default_sampling_params()
+
+    async def add_lora(self, lora_request: LoRARequest) -> bool:
+        """Reads an adapter now, so that the first request need not wait for it; whether its name is new.
+
+        Raises as `generate`.
+        """
+        return await asyncio.to_thread(self._model.add_lora, lora_request)
+
+    async def remove_lora(self, name: str) -> bool:
+        """Forgets an adapter; whether there was one of this name. Requests that run with it go on."""
+        return self._model.remove_lora(name)
+
+    async def list_loras(self) -> set[str]:
+        """The names of the adapters that have been read."""
+        return self._model.list_loras()
 
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""

@@ -23,6 +23,9 @@ log = logging.getLogger(__name__)
 # What the backend has compiled since the process began or `torch._dynamo.reset()` was called.
 REPORT = Report()
 
+# What only a step program has: under torch.compile, nothing would come of them.
+STEP_ONLY = ("dtype", "kv_cache_dtype", "batch_invariant", "enable_lora", "enable_prompt_embeds")
+
 _MODES = ("default", "reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs")
 
 
@@ -134,11 +137,16 @@ def llmopt_backend(
 ) -> Callable[..., Any]:
     """Entry point for Dynamo; `options` are the fields of `llmopt.Options`.
 
-    Raises OptionError for an unknown option or value. `mode` is accepted for torch.compile's sake and changes nothing.
+    Raises OptionError for an unknown option or value, and for one that only a step program has. `mode` is accepted for
+    torch.compile's sake and changes nothing.
     """
     if mode is not None and mode not in _MODES:
         raise OptionError("mode", mode, _MODES)
-    return _make_runner(gm, example_inputs, Options.make(options), REPORT)
+    settings = Options.make(options)
+    for name in STEP_ONLY:
+        if (value := getattr(settings, name)) != (default := getattr(Options, name)):
+            raise OptionError(name, value, f"{default!r} under torch.compile: others are for llmopt.optimize and LLM")
+    return _make_runner(gm, example_inputs, settings, REPORT)
 
 
 def _reset() -> None:

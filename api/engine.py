@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import contextlib
+import threading
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 
 from llmopt.compilation import CompiledStep, compile_step, kept_step
+from llmopt.compiled_forward import beyond_the_class, code_inside
+from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.input_embeddings import marked
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.graph_key import step_key
-from llmopt.huggingface import ModelInfo, describe
+from llmopt.huggingface import ModelInfo, describe, implementations
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.step_program import StepProgram
 from llmopt.step_cache import Source
@@ -24,7 +27,9 @@ class ModelEngine:
     """The step program of one live module.
 
     The module's parameters stay its own. Before each generation they are looked up by name: replaced or edited weights
-    are used as they are now, and another dtype, shape or layout compiles anew.
+    are used as they are now, and another dtype, shape or layout compiles anew, as do other hooks on modules inside.
+    Only the latest program is kept, because each has copies of the weights that kernels want in another layout.
+    Threads may share an engine.
 
     Args:
         model: what to compile.
@@ -34,6 +39,8 @@ class ModelEngine:
             weights stay what they are, and a later generation may use the keys and values of an earlier one. Otherwise
             each generation starts without: not every write to a weight can be seen. What such a module's weights were
             transposed or merged from gives up its memory, and its step program is kept for later processes.
+
+    Raises UnsupportedError for a module whose calls do more than the forward of its class.
     """
 
     def __init__(
@@ -47,8 +54,11 @@ class ModelEngine:
         self.info: ModelInfo = describe(model)
         self.options, self.report = options, report
         self._source, self._owned = source, source is not None
-        self._compiled: dict[tuple[Any, ...], CompiledStep] = {}
+        # With and without embeddings: the latest step program, or why there is none, and what it was made for.
+        self._latest: dict[bool, tuple[list[Any], CompiledStep | UnsupportedError]] = {}
         self._core: EngineCore | None = None
+        self._lock = threading.RLock()
+        self._check_forward()
 
     @property
     def max_model_len(self) -> int:
@@ -70,22 +80,43 @@ class ModelEngine:
         Raises UnsupportedError for a module that cannot take them.
         """
         prompt_embeds = prompt_embeds or self.options.enable_prompt_embeds
-        if self._owned and self._compiled:
-            (step,) = self._compiled.values()
+        with self._lock:
+            if self._owned and prompt_embeds in self._latest:
+                return self._step(prompt_embeds, self._latest[prompt_embeds][0]).program
+            self._check_forward()
+            tensors = self._tensors()
+            step = self._step(prompt_embeds, self._signature(tensors))
+            step.bind(tensors, consume=self._owned)
             return step.program
-        tensors = self._tensors()
+
+    def _check_forward(self) -> None:
+        if more := beyond_the_class(self.info.module):
+            raise UnsupportedError(f"{more}, and a step program has only the forward of its class")
+
+    def _signature(self, tensors: Mapping[str, torch.Tensor]) -> list[Any]:
+        """What a step program is made for, besides the options."""
         # Tied weights are one argument of the graph, so a tie that is broken later needs another graph.
         first: dict[int, str] = {}
         ties = [first.setdefault(id(t), name) for name, t in tensors.items()]
-        layouts = ((name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items())
-        signature = (prompt_embeds, *layouts, *ties)
-        if signature not in self._compiled:
-            step = self._kept_or_compiled(prompt_embeds)
+        layouts = [(name, t.dtype, t.device, tuple(t.shape), t.stride()) for name, t in tensors.items()]
+        return [layouts, ties, code_inside(self.info.module), implementations(self.info.module)]
+
+    def _step(self, prompt_embeds: bool, signature: list[Any]) -> CompiledStep:
+        """The step program of that signature; one that was refused is refused again, without another look."""
+        made_for, step = self._latest.get(prompt_embeds, (None, None))
+        if step is None or made_for != signature:
+            try:
+                step = self._kept_or_compiled(prompt_embeds)
+            except UnsupportedError as error:
+                # Without its cause and traceback, which hold the frames of the compilation.
+                refusal = UnsupportedError(error.reason, operation=error.operation, location=error.location)
+                self._latest[prompt_embeds] = signature, refusal
+                raise
             self.report.graphs.append(step.report)
-            self._compiled[signature] = step
-        step = self._compiled[signature]
-        step.bind(tensors, consume=self._owned)
-        return step.program
+            self._latest[prompt_embeds] = signature, step
+        if isinstance(step, UnsupportedError):
+            raise step.with_traceback(None)
+        return step
 
     def _kept_or_compiled(self, prompt_embeds: bool) -> CompiledStep:
         """The step program, from the cache where that has it: only for a module that is as llmopt made it."""
@@ -128,11 +159,12 @@ class ModelEngine:
 
         `fresh` brings it up to the module's present weights, and is for the start of a generation.
         """
-        if self._core is not None and not fresh:
+        with self._lock:
+            if self._core is not None and not fresh:
+                return self._core
+            program = self.program()
+            if self._core is None or self._core.program is not program:
+                self._core = EngineCore(program, self.info, self.options, self.max_model_len)
+            elif not self._owned:
+                self._core.reset_prefix_cache()
             return self._core
-        program = self.program()
-        if self._core is None or self._core.program is not program:
-            self._core = EngineCore(program, self.info, self.options, self.max_model_len)
-        elif not self._owned:
-            self._core.reset_prefix_cache()
-        return self._core

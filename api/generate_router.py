@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
+from llmopt.compiled_forward import named_like
 from llmopt.compiler.errors import ToolchainError, UnsupportedError
 from llmopt.generate_plan import Plan, plan_generate
 from llmopt.huggingface import with_field
@@ -31,6 +32,7 @@ class GenerateRouter:
         self._model: Any = model
         self._state = state
         self._original: Any = model.generate
+        named_like(self, self._original)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """As `GenerationMixin.generate`.

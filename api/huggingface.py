@@ -104,6 +104,12 @@ def _describe_plain(model: torch.nn.Module) -> ModelInfo:
     return ModelInfo(model, lambda ids: original(model, ids), length, embedding.num_embeddings, (), embedding)
 
 
+def implementations(model: torch.nn.Module) -> list[str]:
+    """Which of transformers' implementations the configuration chooses, as `set_attn_implementation` sets it."""
+    config = getattr(model, "config", None)
+    return [str(getattr(config, name, None)) for name in ("_attn_implementation", "_experts_implementation")]
+
+
 def _rope_types(config: Any) -> set[str]:
     parameters = getattr(config, "rope_parameters", None) or getattr(config, "rope_scaling", None) or {}
     per_layer = [p for p in parameters.values() if isinstance(p, dict)]
@@ -226,6 +232,8 @@ def load_tokenizer(path: str | Path) -> FolderTokenizer:
 
 def _folder(path: str | Path) -> Path:
     folder = Path(path)
+    if not folder.exists():
+        raise InputError(f"{folder} does not exist (model names are not looked up)")
     if not (folder / "config.json").exists():
         raise InputError(
             f"{folder} is no Hugging Face model folder: it has no config.json (model names are not looked up)"

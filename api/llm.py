@@ -32,10 +32,12 @@ class LLM:
     Args:
         model: a torch.nn.Module, the path of a Hugging Face folder, or of a program file (see `export`).
         tokenizer: a `tokenizers.Tokenizer` or a transformers tokenizer; a folder or file brings its own.
-        options: the fields of `llmopt.Options`.
+        options: the fields of `llmopt.Options`. With `dtype`, a module is cast in place, as by `model.to(dtype)`: it
+            and the LLM have the same weights.
 
-    Raises OptionError for unknown options, InputError for a path that holds no model and for an option that a program
-    file has decided already, UnsupportedError for a model that cannot run over a paged KV cache.
+    Raises OptionError for unknown options, InputError for a path that holds no model, for a module in training mode and
+    for an option that a program file has decided already, UnsupportedError for a model that cannot run over a paged KV
+    cache or that has hooks or another forward than its class.
     """
 
     def __init__(self, model: torch.nn.Module | str | Path, tokenizer: Any = None, **options: Any) -> None:
@@ -143,7 +145,9 @@ class LLM:
                 )
         for update in run_groups(groups[0].core, groups) if groups else ():
             reason = update.request.finish_reason if update.is_last else None
-            yield StreamChunk(update.index, update.text, update.token, reason, update.sequence)
+            failed = update.request.error if update.is_last else None
+            error = str(failed) if failed is not None else None
+            yield StreamChunk(update.index, update.text, update.token, reason, update.sequence, error)
 
     def beam_search(
         self,
@@ -177,20 +181,15 @@ class LLM:
 
         Raises as `generate`.
         """
-        core = self._engine_core(fresh=False)
-        known = self.list_loras()
-        core.adapter(lora_request)
-        return lora_request.lora_name not in known
+        return self._model.add_lora(lora_request)
 
     def remove_lora(self, name: str) -> bool:
         """Forgets an adapter; whether there was one of this name. Requests that run with it go on."""
-        adapters = self._engine_core(fresh=False).adapters
-        return adapters is not None and adapters.remove(name)
+        return self._model.remove_lora(name)
 
     def list_loras(self) -> set[str]:
         """The names of the adapters that have been read."""
-        adapters = self._engine_core(fresh=False).adapters
-        return adapters.names if adapters is not None else set()
+        return self._model.list_loras()
 
     def get_metrics(self) -> Metrics:
         """What the engine has counted since it was made, and how many requests it has now."""

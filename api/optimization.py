@@ -3,47 +3,49 @@
 from __future__ import annotations
 
 import functools
-import logging
-from collections.abc import Callable
-from typing import Any, TypeVar, cast, overload
+import threading
+from collections.abc import Callable, Collection
+from typing import Any, TypeVar, overload
 
 import torch
 
-from llmopt.backend import make_backend
-from llmopt.compiler.errors import InputError, LlmoptError, UnsupportedError
+from llmopt.compiled_forward import CompiledForward
+from llmopt.compiler.errors import InputError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.engine import ModelEngine
 from llmopt.generate_router import GenerateRouter
 from llmopt.huggingface import is_pretrained
 
-log = logging.getLogger(__name__)
-
 T = TypeVar("T")
 _STATE = "_llmopt"
 
 
 class OptimizedState:
-    """What `optimize` keeps on a model: options, the report, and the engine once `generate` was called."""
+    """What `optimize` keeps on a model: options, the report, and the engine once `generate` was called.
+
+    A copy of the model has the same options, and compiles for itself.
+    """
 
     def __init__(self, model: torch.nn.Module, options: Options) -> None:
         self.options, self.report = options, Report()
         self.forward = model.forward
         self._model = model
         self._engine: ModelEngine | None = None
-        self._refused: LlmoptError | None = None
+        self._lock = threading.Lock()
 
     def engine(self) -> ModelEngine:
-        """The step program's engine; raises UnsupportedError again if it was refused once."""
-        if self._refused is not None:
-            raise self._refused
-        if self._engine is None:
-            try:
+        """The step program's engine; raises UnsupportedError for a model that has none."""
+        with self._lock:
+            if self._engine is None:
                 self._engine = ModelEngine(self._model, self.options, self.report)
-            except UnsupportedError as error:
-                self._refused = error
-                raise
-        return self._engine
+            return self._engine
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"options": self.options, "forward": self.forward, "_model": self._model}
+
+    def __setstate__(self, kept: dict[str, Any]) -> None:
+        vars(self).update(kept, report=Report(), _engine=None, _lock=threading.Lock())
 
 
 @overload
@@ -61,6 +63,8 @@ def optimize(target: Any = None, **options: Any) -> Any:
     `model.generate` to a step program over a paged KV cache. The model stays what it was: its parameters, `state_dict`
     and class are untouched, and edited weights take effect at the next call.
 
+    A copy of the model (`copy.deepcopy`, pickle) is optimized with the same options and has its own weights.
+
     As a decorator, `@llmopt.optimize` or `@llmopt.optimize(dtype="bfloat16")`, over a model class (every instance is
     optimized) or over a function that returns a model.
 
@@ -68,20 +72,21 @@ def optimize(target: Any = None, **options: Any) -> Any:
         target: a module, a class of modules, or a function that returns a module; None makes a decorator.
         options: the fields of `llmopt.Options`.
 
-    Raises OptionError for unknown options or values, InputError for a target that is none of the above.
+    Raises OptionError for unknown options or values, InputError for a target that is none of the above and for a module
+    that was optimized with other options before.
     """
     settings = Options.make(options)
     if target is None:
         return lambda inner: optimize(inner, **options)
     if isinstance(target, torch.nn.Module):
-        return _optimize_module(target, settings)
+        return _optimize_module(target, settings, options)
     if isinstance(target, type) and issubclass(target, torch.nn.Module):
-        return _optimize_class(target, settings)
+        return _optimize_class(target, settings, options)
     if callable(target):
 
         @functools.wraps(target)
         def build(*args: Any, **kwargs: Any) -> Any:
-            return _optimize_module(target(*args, **kwargs), settings)
+            return _optimize_module(target(*args, **kwargs), settings, options)
 
         return build
     raise InputError(
@@ -89,7 +94,7 @@ def optimize(target: Any = None, **options: Any) -> Any:
     )
 
 
-def _optimize_class(cls: type[torch.nn.Module], settings: Options) -> type[torch.nn.Module]:
+def _optimize_class(cls: type[torch.nn.Module], settings: Options, given: Collection[str]) -> type[torch.nn.Module]:
     original = cls.__init__
 
     @functools.wraps(original)
@@ -97,26 +102,28 @@ def _optimize_class(cls: type[torch.nn.Module], settings: Options) -> type[torch
         original(self, *args, **kwargs)
         # A subclass that calls this one is not complete yet; its instances are its own business.
         if type(self) is cls:
-            _optimize_module(self, settings)
+            _optimize_module(self, settings, given)
 
     cls.__init__ = initialize  # type: ignore[method-assign]
     return cls
 
 
-def _optimize_module(model: Any, settings: Options) -> torch.nn.Module:
+def _optimize_module(model: Any, settings: Options, given: Collection[str]) -> torch.nn.Module:
+    """`given` are the names of the settings that were asked for; the others may stay as they are."""
     if not isinstance(model, torch.nn.Module):
         raise InputError(f"expected a torch.nn.Module, got {type(model).__name__}")
-    if _STATE in vars(model):
+    if (before := state_of(model)) is not None:
+        for name in given:
+            if (old := getattr(before.options, name)) != (new := getattr(settings, name)):
+                raise InputError(f"the model was optimized with {name}={old!r} already, not with {new!r}")
         return model
     if settings.torch_dtype is not None:
         model.to(settings.torch_dtype)
     state = OptimizedState(model, settings)
     vars(model)[_STATE] = state
-    backend = make_backend(settings, state.report)
-    model.forward = torch.compile(state.forward, backend=backend, dynamic=True)
+    model.forward = CompiledForward(state)
     if is_pretrained(model) and hasattr(model, "generate"):
-        router = GenerateRouter(model, state)
-        vars(model)["generate"] = functools.wraps(cast(Any, model.generate))(router)
+        vars(model)["generate"] = GenerateRouter(model, state)
     return model
 
 

@@ -43,9 +43,8 @@ class RequestBuilder:
         """One prompt or several as several; raises InputError for what is neither."""
         if isinstance(prompts, str | Mapping):
             return [prompts]
-        if not hasattr(prompts, "__len__"):
-            raise InputError(f"prompts are texts, lists of token ids or dicts, got {prompts!r:.80}")
-        if len(prompts) > 0 and isinstance(prompts[0], int):
+        _check_sequence(prompts, "prompts are texts, lists of token ids or dicts")
+        if len(prompts) > 0 and _is_number(prompts[0]):
             return [cast(Sequence[int], prompts)]
         return cast(Sequence[Prompt], prompts)
 
@@ -105,8 +104,10 @@ class RequestBuilder:
                 raise InputError(f"sampling parameters are SamplingParams, got {each!r:.80}")
         if len(many) != len(encoded):
             raise InputError(f"{len(encoded)} prompts but {len(many)} sampling parameters")
-        if priority is not None and len(priority) != len(encoded):
-            raise InputError(f"{len(encoded)} prompts but {len(priority)} priorities")
+        if priority is not None:
+            _check_sequence(priority, "priority is a list of numbers, one for each prompt")
+            if len(priority) != len(encoded):
+                raise InputError(f"{len(encoded)} prompts but {len(priority)} priorities")
         if any(p.stop for p in many) and self._codec is None:
             raise InputError("stop strings need a tokenizer; use stop_token_ids, or pass a tokenizer with the model")
         compiled = {id(each): self._compile(each) for each in many}
@@ -144,9 +145,22 @@ class RequestBuilder:
 
 def _token_ids(prompt: Any) -> list[int]:
     """As plain ints where they are numbers of a tensor or array; the engine checks what they are."""
-    if isinstance(prompt, Mapping | bytes) or not hasattr(prompt, "__iter__"):
-        raise InputError(f"a prompt is a text or a list of token ids, got {prompt!r:.80}")
-    return [token.item() if hasattr(token, "item") else token for token in prompt]
+    _check_sequence(prompt, "a prompt is a text or a list of token ids")
+    if getattr(prompt, "ndim", 1) > 1:
+        raise InputError(f"token ids of one prompt are [S], got {list(prompt.shape)}")
+    return [token.item() if getattr(token, "ndim", None) == 0 else token for token in prompt]
+
+
+def _is_number(value: Any) -> bool:
+    """Also one of an array or a tensor, which is what these have at a place."""
+    return isinstance(value, int) or getattr(value, "ndim", None) == 0
+
+
+def _check_sequence(given: Any, what: str) -> None:
+    """Lists, tuples, arrays and tensors have an order and a length; sets, iterators and numbers do not."""
+    no_order = isinstance(given, Mapping | bytes) or not (hasattr(given, "__getitem__") and hasattr(given, "__len__"))
+    if no_order or getattr(given, "ndim", 1) == 0:
+        raise InputError(f"{what}, got {given!r:.80}")
 
 
 def _content(prompt: Mapping[str, Any]) -> Any:

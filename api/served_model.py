@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -13,6 +14,7 @@ from llmopt.compiler.errors import InputError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import Report
 from llmopt.huggingface import load_model, load_tokenizer
+from llmopt.runtime.adapters import LoRARequest
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.program_file import LoadedProgram, load_program, save_program
 from llmopt.runtime.sampling import SamplingParams
@@ -44,6 +46,7 @@ class ServedModel:
         self._engine: ModelEngine | None = None
         self._loaded: LoadedProgram | None = None
         self._core: EngineCore | None = None
+        self._lock = threading.Lock()
         if isinstance(model, str | Path) and Path(model).is_file():
             for name in _DECIDED_AT_EXPORT & options.keys():
                 raise InputError(f"{name}={options[name]!r} was decided when {model} was exported and cannot be set")
@@ -55,6 +58,8 @@ class ServedModel:
                 tokenizer = tokenizer or load_tokenizer(model)
                 source = functools.partial(load_model, model, self.options.torch_dtype)
                 model = source()
+            elif model.training:
+                raise InputError(f"this {type(model).__name__} is in training mode; call model.eval() first")
             elif self.options.torch_dtype is not None:
                 model = model.to(self.options.torch_dtype)
             # Compiling needs Dynamo; running a program file does not.
@@ -96,10 +101,31 @@ class ServedModel:
         """The engine, compiled when first asked for; `fresh` looks whether the weights have changed."""
         if self._engine is not None:
             return self._engine.core(fresh)
-        if self._core is None:
-            info = self._program_info
-            self._core = EngineCore(info.program, info, self.options, self.max_model_len)
-        return self._core
+        with self._lock:
+            if self._core is None:
+                info = self._program_info
+                self._core = EngineCore(info.program, info, self.options, self.max_model_len)
+            return self._core
+
+    def module_name(self) -> str | None:
+        """The class of the module, None for a program file."""
+        return type(self._engine.info.module).__name__ if self._engine is not None else None
+
+    def add_lora(self, request: LoRARequest) -> bool:
+        """See `LLM.add_lora`."""
+        core, known = self.core(fresh=False), self.list_loras()
+        core.adapter(request)
+        return request.lora_name not in known
+
+    def remove_lora(self, name: str) -> bool:
+        """See `LLM.remove_lora`."""
+        adapters = self.core(fresh=False).adapters
+        return adapters is not None and adapters.remove(name)
+
+    def list_loras(self) -> set[str]:
+        """See `LLM.list_loras`."""
+        adapters = self.core(fresh=False).adapters
+        return adapters.names if adapters is not None else set()
 
     def export(self, path: str | Path) -> None:
         """See `LLM.export`."""

@@ -28,7 +28,7 @@ def trace_forward(forward: Forward, length: int, device: torch.device | str = "c
 
     `device` is the model's.
 
-    Raises UnsupportedError when the model breaks the graph, with Dynamo's reason.
+    Raises UnsupportedError when the model breaks the graph or cannot be traced, with Dynamo's reason.
     """
     found: list[tuple[Captured, list[Any]]] = []
 
@@ -58,10 +58,10 @@ def trace_forward(forward: Forward, length: int, device: torch.device | str = "c
     except torch._dynamo.exc.BackendCompilerFailed as error:
         cause = error.inner_exception
         if isinstance(cause, UnsupportedError):
-            raise cause from None
+            raise cause from cause.__cause__
         raise
-    except (torch._dynamo.exc.Unsupported, torch._dynamo.exc.UserError) as error:
-        reason = str(error).strip().splitlines()[0]
+    except torch._dynamo.exc.TorchDynamoException as error:
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
         raise UnsupportedError(f"the model cannot be captured as one graph: {reason}") from error
     if not found:
         raise UnsupportedError("the model's forward computes nothing that depends on its input")

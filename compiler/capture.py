@@ -143,7 +143,8 @@ def _weight_name(node: Node) -> str | None:
 def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     """Functionalises a Dynamo graph. `example_inputs` are the real arguments that Dynamo passed with it.
 
-    Raises UnsupportedError, with the line of the user's model, for dtypes and devices that llmopt does not handle.
+    Raises UnsupportedError, with the line of the user's model, for dtypes and devices that llmopt does not handle, and
+    for what PyTorch's own export fails on.
     """
     nodes = placeholders(gm.graph)
     floats = specialized_floats(gm, example_inputs)
@@ -158,8 +159,12 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     copy = fx.GraphModule(gm, _copy_graph(gm.graph))
     _bake_floats(copy, floats)
     _drop_dropouts(copy)
-    with torch.no_grad():
-        module, signature = aot_export_module(copy, values, trace_joint=False, pre_dispatch=True, decompositions={})
+    try:
+        with torch.no_grad():
+            module, signature = aot_export_module(copy, values, trace_joint=False, pre_dispatch=True, decompositions={})
+    except Exception as error:  # whatever PyTorch cannot export, it runs
+        reason = next(iter(str(error).strip().splitlines()), type(error).__name__)
+        raise UnsupportedError(f"PyTorch cannot export the graph: {reason}") from error
     exported: Any = module
     mark_values(exported.graph)
     _drop_tokens(exported.graph, len(signature.input_tokens))

@@ -20,6 +20,10 @@ class OptionError(LlmoptError, ValueError):
         self.allowed = allowed if isinstance(allowed, str) else "one of " + ", ".join(map(repr, allowed))
         super().__init__(f"option {option!r}: got {value!r}, allowed is {self.allowed}")
 
+    def __reduce__(self) -> tuple[type[OptionError], tuple[str, object, str]]:
+        """Made again from its arguments: what `Exception` keeps for pickle is only the message."""
+        return type(self), (self.option, self.value, self.allowed)
+
 
 class InputError(LlmoptError, ValueError):
     """A request that cannot be served as it stands: an empty prompt, a token id out of range, a prompt too long."""

@@ -69,7 +69,7 @@ class RequestOutput:
 class StreamChunk:
     """Text that became certain with one token of continuation `sequence` of prompt `index`.
 
-    The last chunk of one that failed has no token.
+    The last chunk of one that failed has no token, and in `error` what went wrong.
     """
 
     index: int
@@ -77,6 +77,7 @@ class StreamChunk:
     token_id: int | None
     finish_reason: str | None
     sequence: int = 0
+    error: str | None = None
 
 
 @dataclass(frozen=True)

@@ -14,6 +14,9 @@ import typer
 from llmopt.commands.common import AsJson, progress
 from llmopt.compiler.errors import InputError
 
+# Of what a check has written last.
+MOST_LINES = 10
+
 CONTEXT = {"ignore_unknown_options": True, "allow_interspersed_args": False}
 
 EPILOG = """Examples:
@@ -43,17 +46,27 @@ def bisect(
     """
     from llmopt.testing.bisection import search
 
-    sink = None if show else subprocess.DEVNULL
+    compiled = False
     with tempfile.TemporaryDirectory(prefix="llmopt-bisect-") as folder:
         log = Path(folder) / "rewrites.jsonl"
 
         def passes(fuel: int) -> bool:
+            nonlocal compiled
             log.unlink(missing_ok=True)
             environment = {**os.environ, "LLMOPT_FUEL": str(fuel), "LLMOPT_REWRITE_LOG": str(log)}
+            output, errors = (None, None) if show else (subprocess.DEVNULL, subprocess.PIPE)
             try:
-                return subprocess.run(command, env=environment, stdout=sink, stderr=sink, check=False).returncode == 0
+                run = subprocess.run(command, env=environment, stdout=output, stderr=errors, check=False)
             except FileNotFoundError:
                 raise InputError(f"no such command: {command[0]}") from None
+            except OSError as error:
+                raise InputError(f"{command[0]} cannot be run: {error.strerror}") from None
+            compiled = compiled or log.exists()
+            if run.returncode != 0 and fuel == 0 and not compiled:
+                # With all rewrites it may have died in one of them; without any it would have got beyond the passes.
+                said = (run.stderr or b"").decode(errors="replace").strip().splitlines()[-MOST_LINES:]
+                raise InputError("\n".join(["the check fails and compiles nothing with llmopt", *said]))
+            return run.returncode == 0
 
         with progress(f"bisecting {' '.join(command)}"):
             found = search(passes, log)

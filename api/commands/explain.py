@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -20,10 +18,10 @@ from llmopt.commands.common import (
 )
 from llmopt.commands.engine_options import takes_engine_options
 from llmopt.compiler.errors import OptionError
+from llmopt.output_file import check_output
 
 if TYPE_CHECKING:
     from llmopt.compiler.report import Report
-    from llmopt.runtime.program_file import LoadedProgram
 
 EPILOG = """Examples:
 
@@ -65,18 +63,16 @@ def explain(
     """Say what llmopt makes of a model.
 
     For a folder: compiles the step program and prints passes with their matches and near misses, kernels, work in
-    operations and bytes, temporary memory, and fallbacks to ATen with their reasons. For a program file: its inputs,
-    kernels and schedule. Tables on a terminal, plain columns in a pipe.
+    operations and bytes, temporary memory, and fallbacks to ATen with their reasons. For a program file: the same
+    without passes and graphs, which it does not hold. Tables on a terminal, plain columns in a pipe.
     """
     check_for_program(model, engine)
+    if html is not None:
+        check_output(html)
     sizes = parse_sizes(at) if at is not None else {}
-    if is_program(model):
-        if graph or verify:
-            name = "graph" if graph else "verify"
-            raise OptionError(name, True, "False: a program file holds no graph, only what was made of it")
-        if not (measure or html):
-            _explain_program(model, kernels, as_json)
-            return
+    if is_program(model) and (graph or verify):
+        name = "graph" if graph else "verify"
+        raise OptionError(name, True, "False: a program file holds no graph, only what was made of it")
     if verify:
         engine["verify"] = "revert"
     with progress("loading, compiling and measuring" if measure else "loading and compiling"):
@@ -130,62 +126,3 @@ def _slim(report: Report, graph: bool, kernels: bool) -> dict[str, Any]:
             for kernel in item["kernels"]:
                 del kernel["source"]
     return data
-
-
-def _explain_program(path: str, with_sources: bool, as_json: bool) -> None:
-    from llmopt.runtime.executable import kernel_name, kernel_source
-    from llmopt.runtime.program_file import load_program
-
-    with progress("loading"):
-        loaded = load_program(path)
-    program = loaded.program.program
-    if as_json:
-        typer.echo(json.dumps(_program_json(loaded, with_sources), indent=2))
-        return
-    for line in _program_lines(loaded):
-        typer.echo(line)
-    if with_sources:
-        for spec in program.kernels:
-            typer.echo(f"\n// {kernel_name(spec)}\n{kernel_source(spec, program.batch_invariant, program.target)}")
-
-
-def _program_json(loaded: LoadedProgram, with_sources: bool) -> dict[str, Any]:
-    from llmopt.codegen import program_json
-    from llmopt.runtime.executable import kernel_source
-
-    program = loaded.program.program
-    data: dict[str, Any] = {
-        "kind": "program",
-        "vocab_size": loaded.vocab_size,
-        "max_model_len": loaded.max_model_len,
-        "eos_token_ids": loaded.eos_token_ids,
-        "block_size": loaded.program.block_size,
-        "program": program_json.to_json(program),
-    }
-    if with_sources:
-        data["sources"] = [kernel_source(spec, program.batch_invariant, program.target) for spec in program.kernels]
-    return data
-
-
-def _program_lines(loaded: LoadedProgram) -> Iterator[str]:
-    from llmopt.codegen.program import KernelCall
-    from llmopt.runtime.executable import kernel_name
-
-    step = loaded.program
-    program = step.program
-    weights = sum(w.numel() * w.element_size() for w in step.executable.weights)
-    yield (
-        f"program: vocabulary {loaded.vocab_size}, sequences to {loaded.max_model_len} tokens, "
-        f"{len(program.weights)} weights of {weights / 1e6:.1f} MB"
-    )
-    yield (
-        f"KV cache: {len(step.caches)} layers, blocks of {step.block_size} tokens and {step.bytes_per_block()} bytes"
-    )
-    calls = [call for call in program.steps if isinstance(call, KernelCall)]
-    count = Counter(call.kernel for call in calls)
-    yield f"kernels ({len(calls)} calls)"
-    for number, spec in enumerate(program.kernels):
-        yield f"  [{number}] {kernel_name(spec)}  {count[number]} x"
-    yield "schedule (call, kernel, what it computes; | waits for all threads)"
-    for number, call in enumerate(calls):
-        yield f"  {number:4d}  [{call.kernel}] {call.origin}{'  |' if call.sync_after else ''}"

@@ -14,6 +14,7 @@ from llmopt.commands.common import (
 )
 from llmopt.commands.engine_options import takes_engine_options
 from llmopt.compiler.errors import InputError
+from llmopt.output_file import check_output
 
 EPILOG = """Examples:
 
@@ -33,8 +34,7 @@ def export(
 
     The file runs without the model's Python code, transformers or Dynamo; its kernels are compiled where it is loaded.
     """
-    if out.is_dir() or not out.absolute().parent.is_dir():
-        raise InputError(f"cannot write {out}: {'it is a folder' if out.is_dir() else 'its folder does not exist'}")
+    check_output(out)
     if is_program(model):
         raise InputError(f"{model} is a program file already")
     with progress("loading and compiling"):

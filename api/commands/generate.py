@@ -108,7 +108,8 @@ def generate(
     """Continue one or more prompts.
 
     Prints the continuations; where there are several each has a heading. --json prints one object per continuation and
-    line (with --stream: per token). The exit status is 1 when a prompt failed while it ran.
+    line (with --stream: per token). A folder's generation_config.json comes before the defaults in brackets. The exit
+    status is 1 when a prompt failed while it ran.
     """
     texts = [*(prompts or []), *map(_read, prompt_file or [])]
     if not texts:
@@ -155,8 +156,10 @@ def generate(
     with progress("loading"):
         if structure:
             chosen["structured_outputs"] = llmopt.StructuredOutputsParams(**structure)
-        sampling = llmopt.SamplingParams(**chosen)
+        # What is wrong with any model is said before one is loaded; how many tokens is the folder's to say, too.
+        llmopt.SamplingParams(**{"max_tokens": None, **chosen})
         llm = llmopt.LLM(model, **options)
+        sampling = llm.get_default_sampling_params().replace(**chosen)
     if stream:
         _stream(llm, texts, sampling, adapter, as_json)
         return
@@ -217,11 +220,17 @@ def _position(position: PositionLogprobs) -> list[dict[str, Any]]:
 
 
 def _stream(llm: LLM, texts: list[str], sampling: SamplingParams, adapter: LoRARequest | None, as_json: bool) -> None:
+    failed = False
     for chunk in llm.stream(texts, sampling, lora_request=adapter):
         if as_json:
             typer.echo(json.dumps(vars(chunk)))
         else:
             typer.echo(chunk.text, nl=False)
         sys.stdout.flush()
+        if chunk.error is not None:
+            failed = True
+            complain(f"prompt {chunk.index + 1} failed: {chunk.error}")
     if not as_json:
         typer.echo()
+    if failed:
+        raise typer.Exit(1)

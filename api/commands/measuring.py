@@ -14,6 +14,7 @@ import numpy as np
 from llmopt.commands.workload import Work
 from llmopt.compiler.errors import InputError, OptionError
 from llmopt.llm import LLM
+from llmopt.output_file import check_output
 from llmopt.runtime.sampling import SamplingParams
 
 PERCENTILES = (50, 90, 99)
@@ -157,8 +158,7 @@ def check_plot(path: Path | None) -> None:
     """Raises InputError, before any work, for a plot that could not be written."""
     if path is None:
         return
-    if path.is_dir() or not path.absolute().parent.is_dir():
-        raise InputError(f"--plot {path}: {'it is a folder' if path.is_dir() else 'its folder does not exist'}")
+    check_output(path, "--plot")
     if path.suffix not in PLOT_FORMATS:
         raise OptionError("plot", str(path), f"a name that ends in {', '.join(PLOT_FORMATS)}")
     try:

@@ -11,6 +11,8 @@ import torch
 from llmopt.compiler.errors import InputError, OptionError
 from llmopt.compiler.options import Options
 from llmopt.compiler.report import GraphReport, Report
+from llmopt.output_file import check_output
+from llmopt.served_model import ServedModel
 
 
 def explain(
@@ -28,9 +30,9 @@ def explain(
     Print the result, or call its `to_json()`.
 
     Args:
-        model: an optimized module or an `llmopt.LLM` that has been used; the path of a Hugging Face folder or of a
-            program file; any other module, together with inputs to call it on; None for all that the torch.compile
-            backend has done in this process.
+        model: an optimized module, an `llmopt.LLM` or an `llmopt.AsyncLLM` that has been used; the path of a Hugging
+            Face folder or of a program file; any other module, together with inputs to call it on; None, or a module
+            that torch.compile has compiled, for all that the backend has done in this process.
         inputs, kwargs: with these, a module is called as `model(*inputs, **kwargs)`. One that is not compiled yet is
             compiled for this report alone and stays as it is.
         sizes: of a step, for the numbers in the report: `tokens`, `requests`, `context`. The default is a decode step.
@@ -38,8 +40,11 @@ def explain(
         html: write the report as one self-contained page to this file, too.
         options: the fields of `llmopt.Options`, for a path or a module that is compiled for this report.
 
-    Raises InputError for anything else, OptionError for sizes that the program does not have.
+    Raises InputError for anything else and for a page that could not be written, OptionError for sizes that the program
+    does not have.
     """
+    if html is not None:
+        check_output(html)
     report = _report(model, inputs, kwargs, sizes or {}, measure, options)
     if html is not None:
         from llmopt.explaining.page import write_page
@@ -53,8 +58,9 @@ def _title(model: Any) -> str:
         return "torch.compile"
     if isinstance(model, str | Path):
         return Path(model).resolve().name
-    engine = getattr(model, "_engine", None)
-    return type(model if engine is None else engine.info.module).__name__
+    served = getattr(model, "_model", None)
+    name = served.module_name() if isinstance(served, ServedModel) else None
+    return name or type(model).__name__
 
 
 def _report(
@@ -69,6 +75,11 @@ def _report(
         state = state_of(model)
         if state is None and (inputs or kwargs):
             return _explain_call(model, inputs, kwargs, measure, options)
+        if state is None and not _is_compiled(model):
+            raise InputError(
+                f"this {type(model).__name__} is not compiled: give inputs to call it on, or call explain() for all "
+                "that torch.compile has made"
+            )
         found = state.report if state is not None else REPORT
         if inputs or kwargs:
             with torch.no_grad():
@@ -87,6 +98,11 @@ def _report(
         for graph in report.graphs:
             _measure_step(graph, sizes, model.vocab_size, measure)
     return report
+
+
+def _is_compiled(model: torch.nn.Module) -> bool:
+    """Whether torch.compile has made this module, its call or its forward."""
+    return model._compiled_call_impl is not None or hasattr(model.forward, "_torchdynamo_orig_callable")
 
 
 def _measure_step(graph: GraphReport, sizes: Mapping[str, int], vocabulary: int, measure: bool) -> None:
@@ -171,4 +187,12 @@ def _explain_file(path: Path, sizes: Mapping[str, int], measure: bool, options: 
     graph.program = lambda: loaded.program
     _measure_step(graph, sizes, loaded.vocab_size, measure)
     graph.program = None
-    return Report([graph])
+    report, step = Report([graph]), loaded.program
+    weights = step.executable.weights
+    size = sum(weight.nbytes for weight in weights) / 1e6
+    report.note(f"vocabulary {loaded.vocab_size}, sequences to {loaded.max_model_len} tokens")
+    report.note(f"{len(weights)} weights of {size:.1f} MB")
+    report.note(
+        f"KV cache: {len(step.caches)} layers, blocks of {step.block_size} tokens and {step.bytes_per_block()} bytes"
+    )
+    return report

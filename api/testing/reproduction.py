@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import logging
@@ -19,7 +20,10 @@ from torch._dynamo.debug_utils import backend_accuracy_fails
 from torch._dynamo.repro.after_dynamo import generate_dynamo_fx_repro_string
 
 from llmopt import backend as llmopt_backend_module
+from llmopt.compiler.errors import InputError
 from llmopt.compiler.options import Options
+from llmopt.compiler.report import Report
+from llmopt.output_file import check_output
 
 log = logging.getLogger(__name__)
 
@@ -54,42 +58,57 @@ def write_repro(
     with eager mode; the first that raises or differs is minified: as few operations as possible that still fail.
 
     Args:
-        path: the file to write. Inputs are random in it; where that does not fail, the real ones are saved beside it,
-            in a folder of the same name.
+        path: the file to write; an existing one is replaced. Inputs are random in it; where that does not fail, the
+            real ones are saved beside it, in a folder of the same name.
         imports: modules that register passes, ops or kernels; the repro imports them first.
-        options: the fields of `llmopt.Options`.
+        options: the fields of `llmopt.Options`; the repro has those that are not as by default.
+
+    Raises InputError for a path that cannot be written, and for the program's own.
     """
     for name in imports:
         importlib.import_module(name)
     torch._dynamo.reset()
-    with minifying(Path(path), imports) as written, torch.no_grad():
+    with minifying(Path(path), imports) as search, torch.no_grad():
         settings = Options.make(options)
         compiled = torch.compile(function, backend=functools.partial(_compile, options=settings))
         compiled(*args, **kwargs)
-    return written[0] if written else None
+    return search.found
 
 
 def _compile(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-    return llmopt_backend_module.llmopt_backend(gm, example_inputs, options=options)
+    """As the backend does; of `llmopt.optimize` it gets options, too, that are about step programs."""
+    return llmopt_backend_module.make_backend(options, Report())(gm, example_inputs)
+
+
+@dataclass
+class Search:
+    """How the search for a failing graph goes: how many graphs were checked, and what was written for the one."""
+
+    checked: int = 0
+    found: Repro | None = None
 
 
 @contextmanager
-def minifying(path: Path, imports: Sequence[str] = ()) -> Iterator[list[Repro]]:
+def minifying(path: Path, imports: Sequence[str] = ()) -> Iterator[Search]:
     """While this is active, every graph that llmopt is given is checked, and the first failing one is minified.
 
-    The model's code gets eager results and so runs on. Gives a list that holds what was written.
+    The model's code gets eager results and so runs on.
     """
-    written: list[Repro] = []
+    check_output(path)
+    program = getattr(sys.modules.get("__main__"), "__file__", None)
+    if program is not None and path.exists() and path.samefile(program):
+        raise InputError(f"{path} is the program that is running; write the repro to another file")
+    search = Search()
 
     def intercept(gm: fx.GraphModule, example_inputs: Sequence[Any], options: Options) -> Callable[..., Any]:
-        if not written:
-            found = minify(gm, example_inputs, options, path, imports)
-            written.extend([found] if found is not None else [])
+        if search.found is None:
+            search.checked += 1
+            search.found = minify(gm, example_inputs, options, path, imports)
         return gm.forward
 
     llmopt_backend_module.INTERCEPT.append(intercept)
     try:
-        yield written
+        yield search
     finally:
         llmopt_backend_module.INTERCEPT.remove(intercept)
 
@@ -210,10 +229,11 @@ def _write(
     imports: Sequence[str],
 ) -> None:
     """`folder`: where to save the inputs; None makes them random."""
+    changed = _changed(options)
     text = generate_dynamo_fx_repro_string(
         gm,
         inputs,
-        "llmopt",
+        "llmopt_with_options" if changed else "llmopt",
         check_accuracy=kind == "accuracy",
         save_dir=str(folder.absolute()) if folder is not None else None,
     )
@@ -223,23 +243,30 @@ def _write(
         f'"""A minimal repro of llmopt ({kind}): run it, it fails with the error that is to be explained."""',
         "import os",
         "import sys",
-        *(f"os.environ.setdefault({name!r}, {value!r})" for name, value in _environment(options).items()),
     ]
     for name in imports:
         file = getattr(sys.modules[name], "__file__", None)
         parent = Path(file).absolute().parents[name.count(".")] if file else Path.cwd()
         head += [f"sys.path.append({str(parent)!r})", f"import {name}"]
+    if changed:
+        head += [
+            "import functools",
+            "from torch._dynamo import register_backend",
+            "from llmopt.backend import llmopt_backend",
+            f"with_options = functools.partial(llmopt_backend, options={changed!r})",
+            "register_backend(with_options, name='llmopt_with_options')",
+        ]
     path.write_text("\n".join([*head, text]), "utf-8")
 
 
-def _environment(options: Options) -> dict[str, str]:
-    """The settings that change what passes do, for the program in the file."""
-    found = {}
-    if options.disabled_passes:
-        found["LLMOPT_DISABLE"] = ",".join(options.disabled_passes)
-    if options.fuel >= 0:
-        found["LLMOPT_FUEL"] = str(options.fuel)
-    return found
+def _changed(options: Options) -> dict[str, Any]:
+    """The options of a backend that are not as by default; a log that somebody reads is no part of what fails."""
+    without = (*llmopt_backend_module.STEP_ONLY, "rewrite_log")
+    return {
+        field.name: value
+        for field in dataclasses.fields(options)
+        if field.name not in without and (value := getattr(options, field.name)) != field.default
+    }
 
 
 def _fails(path: Path) -> bool:

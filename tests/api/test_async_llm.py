@@ -21,6 +21,7 @@ from llmopt import (
     RequestOutputKind,
     SamplingParams,
     StructuredOutputsParams,
+    explain,
 )
 from llmopt.beam_requests import BeamRequest
 from llmopt.errors import AdapterError, EngineDeadError, InputError, OptionError
@@ -239,6 +240,14 @@ def test_an_adapter_for_one_request_of_several(tmp_path: Path) -> None:
         async with AsyncLLM(folder, dtype="float32", enable_lora=True) as engine:
             with pytest.raises(AdapterError):
                 await all_of(engine.generate(PROMPT, GREEDY, lora_request=LoRARequest("b", tmp_path / "missing")))
+            assert await engine.list_loras() == set()
+            assert await engine.add_lora(adapter) and not await engine.add_lora(adapter)
+            assert await engine.list_loras() == {adapter.lora_name}
+            assert await engine.remove_lora(adapter.lora_name) and not await engine.remove_lora(adapter.lora_name)
+            assert engine.options.enable_lora and engine.vocab_size == 4096
+            report = explain(engine, html=tmp_path / "page.html")
+            assert [graph.kind for graph in report.graphs] == ["step"]
+            assert "LlamaForCausalLM - llmopt" in (tmp_path / "page.html").read_text("utf-8")
             each = (None, adapter, None)
             outputs = await asyncio.gather(*(all_of(engine.generate(PROMPT, GREEDY, lora_request=a)) for a in each))
             return outputs, await engine.beam_search(PROMPT, BEAMS, lora_request=adapter)

@@ -231,6 +231,11 @@ def test_modes_are_accepted(mode: str) -> None:
         ({"threads": -1}, "threads", -1, "0 to 1024"),
         ({"fallback": "maybe"}, "fallback", "maybe", "'silent', 'warn', 'error'"),
         ({"dtype": "int4"}, "dtype", "int4", "'bfloat16'"),
+        ({"dtype": "bfloat16"}, "dtype", "bfloat16", "'auto' under torch.compile"),
+        ({"kv_cache_dtype": "int8"}, "kv_cache_dtype", "int8", "'auto' under torch.compile"),
+        ({"batch_invariant": True}, "batch_invariant", True, "False under torch.compile"),
+        ({"enable_lora": True}, "enable_lora", True, "False under torch.compile"),
+        ({"enable_prompt_embeds": True}, "enable_prompt_embeds", True, "False under torch.compile"),
         ({"disabled_passes": "fuse_residual_norm"}, "disabled_passes", "fuse_residual_norm", "tuple of pass names"),
     ],
 )

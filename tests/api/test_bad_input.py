@@ -8,7 +8,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
+import torch
 from models.target import PROMPT, target_llm
 from typer.testing import CliRunner
 
@@ -84,6 +86,8 @@ CASES: list[Case] = [
     ("a dictionary without a prompt", {"text": "x"}, dict, InputError, "one key of"),
     ("bytes as token", [b"import"], dict, InputError, "token id b'import'"),
     ("a number as prompt", 3.5, dict, InputError, "prompt"),
+    ("a set of tokens", {5, 6}, dict, InputError, "list of token ids, got {5, 6}"),
+    ("a table of tokens", torch.ones((2, 3), dtype=torch.int64), dict, InputError, r"are \[S\], got \[2, 3\]"),
     *(
         (f"{name} = {bad!r:.20}", PROMPT, lambda name=name, bad=bad: {name: bad}, OptionError, name)
         for name, values in {
@@ -146,6 +150,21 @@ def test_llm(
             door(prompts, SamplingParams(**{"max_tokens": 8, **params()}))
         check_untouched(core, steps)
     assert llm.generate(PROMPT, GREEDY)[0].outputs[0].token_ids == expected
+
+
+def test_one_array_is_one_prompt(llm: LLM, expected: Any) -> None:
+    assert llm._model.codec is not None
+    ids = llm._model.codec.encode(PROMPT)
+    for given in (torch.tensor(ids), np.array(ids), list(np.array(ids)), tuple(ids)):
+        (output,) = llm.generate(given, GREEDY)  # type: ignore[arg-type]
+        assert output.outputs[0].token_ids == expected
+    outputs = llm.generate(torch.tensor([ids, ids]), GREEDY)  # type: ignore[arg-type]
+    assert [output.outputs[0].token_ids for output in outputs] == [expected, expected]
+    for bad in ({5, 6}, iter([5]), torch.tensor(5), 5, None):
+        with pytest.raises(InputError, match="prompts are"):
+            llm.generate(bad, GREEDY)  # type: ignore[arg-type]
+    with pytest.raises(InputError, match="priority is a list of numbers, one for each prompt, got 5"):
+        llm.generate(PROMPT, GREEDY, priority=5)  # type: ignore[arg-type]
 
 
 @EVERY_CASE

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+import torch
 from models.target import FOLDER, write_adapter, write_shallow
+from safetensors import safe_open
+from safetensors.torch import load_file, save_file
 from typer.testing import CliRunner, Result
 
 import llmopt
@@ -129,6 +133,35 @@ def test_stream(engine: Path, expected: list[llmopt.RequestOutput]) -> None:
 
 
 @needs_compiler
+def test_a_stream_that_fails_says_so(engine: Path, tmp_path: Path) -> None:
+    path = tmp_path / "broken.engine"
+    with safe_open(str(engine), framework="pt") as opened:
+        metadata = opened.metadata()
+    weights = load_file(engine)
+    for tensor in weights.values():
+        if tensor.is_floating_point() and tensor.ndim == 1:
+            tensor.fill_(torch.nan)
+    save_file(weights, path, metadata)
+    for more in ([], ["--json"]):
+        result = run("generate", path, PROMPTS[0], "--temperature", "0", "--stream", *more, status=1)
+        assert result.stderr.startswith("error: prompt 1 failed: ") and "NaN" in result.stderr
+    last = records(result.stdout)[-1]
+    assert last["finish_reason"] == "error" and "NaN" in str(last["error"])
+
+
+@needs_compiler
+def test_defaults_of_the_folder_come_first(target: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "target"
+    shutil.copytree(target, folder)
+    settings = json.loads((folder / "generation_config.json").read_text())
+    (folder / "generation_config.json").write_text(json.dumps({**settings, "max_new_tokens": 3, "temperature": 0.0}))
+    found = [records(run("generate", folder, PROMPTS[0], "--dtype", "float32", "--json").stdout) for _ in range(2)]
+    assert len(found[0][0]["token_ids"]) == 3 and found[0] == found[1]  # type: ignore[arg-type]
+    (longer,) = records(run("generate", folder, PROMPTS[0], *GREEDY, "--json").stdout)
+    assert len(longer["token_ids"]) > 3  # type: ignore[arg-type]
+
+
+@needs_compiler
 def test_sampling_options_arrive(engine: Path) -> None:
     """Each option of the command line changes what its name says."""
     loaded = llmopt.load(engine)
@@ -219,8 +252,13 @@ def test_explain_program(engine: Path) -> None:
     out = run("explain", engine, "--kernels").stdout
     assert "KV cache: 2 layers, blocks of 16 tokens" in out
     assert "linear<float>" in out and "llmopt.paged_attention" in out and "LLMOPT_KERNEL(" in out
-    data = json.loads(run("explain", engine, "--json").stdout)
-    assert data["kind"] == "program" and data["program"]["steps"] and data["vocab_size"] == 4096
+    data = json.loads(run("explain", engine, "--json", "--at", "tokens=3").stdout)
+    assert data.keys() == llmopt.explain(engine).to_json().keys(), "one schema for all models"
+    (graph,) = data["graphs"]
+    assert graph["kind"] == "program" and graph["calls"] and graph["sizes"]["tokens"] == 3
+    assert "vocabulary 4096" in data["notes"][0]
+    assert "bogus" in run("explain", engine, "--at", "bogus=1", status=2).stderr
+    assert "does not exist" in run("explain", engine, "--html", "no/such/folder.html", status=2).stderr
     assert "holds no graph" in run("explain", engine, "--graph", status=2).stderr
 
 
@@ -283,7 +321,9 @@ def test_unknown_options_and_commands() -> None:
 
 
 def test_missing_model_and_prompt(tmp_path: Path) -> None:
-    check_one_line(run("generate", tmp_path / "none", "x", status=2), "none", "config.json")
+    check_one_line(run("generate", tmp_path / "none", "x", status=2), "none", "does not exist")
+    check_one_line(run("generate", tmp_path, "x", status=2), str(tmp_path), "config.json")
+    check_one_line(run("explain", FOLDER, "--html", tmp_path, status=2), "it is a folder")
     check_one_line(run("generate", FOLDER, status=2), "--prompt-file")
     check_one_line(run("generate", FOLDER, "--prompt-file", tmp_path / "none.txt", status=1), "none.txt")
     binary = tmp_path / "binary"

@@ -112,6 +112,14 @@ def test_what_explain_takes() -> None:
         llmopt.explain(None, torch.randn(2))
     with pytest.raises(InputError, match="got int"):
         llmopt.explain(3)
+    with pytest.raises(InputError, match="this Linear is not compiled: give inputs"):
+        llmopt.explain(nn.Linear(2, 2))
+    with pytest.raises(InputError, match="does not exist"):
+        llmopt.explain(nn.Linear(2, 2), torch.ones(1, 2), html="no/such/folder.html")
+    model = nn.Linear(2, 2)
+    assert llmopt.explain(torch.compile(model, backend="llmopt")) is llmopt.explain()
+    model.compile(backend="llmopt")
+    assert llmopt.explain(model) is llmopt.explain()
 
 
 @pytest.fixture(scope="module")

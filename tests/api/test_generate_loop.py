@@ -37,7 +37,7 @@ def refuse(*_: Any, **__: Any) -> Any:
 def pair(name: str, **options: Any) -> tuple[Any, PreTrainedModel]:
     """An optimized model whose forward must not run, and its twin."""
     model: Any = llmopt.optimize(build(name), **{"block_size": 4, "fallback": "error", **options})
-    model.forward = functools.wraps(model._llmopt.forward)(refuse)
+    model.forward.run = refuse
     return model, build(name)
 
 
@@ -270,7 +270,7 @@ def test_a_cache_that_does_not_fit_stays_with_transformers(monkeypatch: pytest.M
     model, twin = pair("llama")
     state = model._llmopt
     monkeypatch.setattr(state, "options", dataclasses.replace(state.options, kv_cache_memory_bytes=1 << 14))
-    monkeypatch.setattr(model, "forward", state.forward)
+    monkeypatch.setattr(model.forward, "run", state.forward)
     ids = prompts()[0][1:2]
     for settings in ({"num_beams": 8}, {"do_sample": True, "num_return_sequences": 9}):
         state.report.notes.clear()
@@ -287,7 +287,7 @@ def test_a_generate_of_somebody_elses_is_left_alone() -> None:
     own = functools.partial(type(model).generate, model)
     model.generate = own
     llmopt.optimize(model)
-    model.forward = model._llmopt.forward
+    model.forward.run = model._llmopt.forward
     for settings in ({}, {"do_sample": True}):
         model._llmopt.report.notes.clear()
         model.generate(prompts()[0][:1], max_new_tokens=2, pad_token_id=PAD, **settings)

@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import json
+from pathlib import Path
 
 import pytest
 import torch
 from models.target import FOLDER, PROMPT, target_llm
+from models.zoo import build
+from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from llmopt import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams
+from llmopt import LLM, BeamSearchParams, RequestOutput, SamplingParams, StructuredOutputsParams, export, load
 from llmopt.errors import InputError, OptionError
+from llmopt.exporting import _cast_copy
 from llmopt.llm import StreamChunk
 from llmopt.runtime.text import REPLACEMENT
 
@@ -77,8 +81,13 @@ def test_a_stop_token_is_not_in_the_text() -> None:
 
 
 def test_bad_paths_and_options() -> None:
+    for door in (LLM, load):
+        with pytest.raises(InputError, match=r"/nonexistent/model does not exist"):
+            door("/nonexistent/model")
+    with pytest.raises(InputError, match=r"is a folder; llmopt.LLM takes one"):
+        load(FOLDER)
     with pytest.raises(InputError, match=r"no config.json"):
-        LLM("/nonexistent/model")
+        LLM(FOLDER.parent)
     with pytest.raises(OptionError, match=r"'max_seqs'.*max_num_seqs"):
         LLM(FOLDER, max_seqs=3)
     with pytest.raises(OptionError, match=r"'block_size'.*got 0"):
@@ -188,3 +197,33 @@ def test_chat() -> None:
         llm.chat(talk, GREEDY, chat_template="{{ raise_exception('odd roles') }}")
     with pytest.raises(InputError, match="a role"):
         llm.chat([{"content": "x"}], GREEDY, chat_template=template)
+
+
+# ---- export --------------------------------------------------------------------------------------------------------
+
+
+def test_export_casts_a_copy(tmp_path: Path) -> None:
+    model = build("gpt2")
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    export(model, tmp_path / "half.engine", dtype="bfloat16")
+    assert {tensor.dtype for tensor in load_file(tmp_path / "half.engine").values()} == {torch.bfloat16}
+    after = model.state_dict()
+    assert all(after[name].dtype == t.dtype and torch.equal(after[name], t) for name, t in before.items())
+
+
+def test_a_cast_copy_keeps_ties_and_shares_what_is_not_cast() -> None:
+    model = build("gpt2")
+    assert model.lm_head.weight is model.transformer.wte.weight
+    model.register_buffer("places", torch.arange(3))
+    half, same = _cast_copy(model, torch.bfloat16), _cast_copy(model, torch.float32)
+    assert half.lm_head.weight is half.transformer.wte.weight and half.lm_head.weight.dtype == torch.bfloat16
+    assert half.places.data_ptr() == model.places.data_ptr()
+    assert same.lm_head.weight.data_ptr() == model.lm_head.weight.data_ptr()
+    assert list(half.state_dict()) == list(model.state_dict())
+
+
+def test_an_llm_is_exported_as_it_was_made(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="dtype cannot be given with an LLM"):
+        export(target_llm(), tmp_path / "x", dtype="bfloat16")
+    with pytest.raises(InputError, match="a tokenizer cannot be given with an LLM"):
+        export(target_llm(), tmp_path / "x", tokenizer=object())

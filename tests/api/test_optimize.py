@@ -2,7 +2,12 @@
 
 from __future__ import annotations
 
+import copy
 import functools
+import inspect
+import pickle  # noqa: TID251
+import threading
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -13,10 +18,13 @@ from transformers import (
     GenerationConfig,
     GPT2Config,
     GPT2LMHeadModel,
+    MambaConfig,
+    MambaForCausalLM,
     PreTrainedModel,
 )
 
 import llmopt
+from llmopt.compiled_forward import beyond_the_class
 from llmopt.errors import InputError, OptionError, UnsupportedError
 
 PAD, EOS = 0, 7
@@ -140,14 +148,14 @@ def routed_away() -> tuple[PreTrainedModel, PreTrainedModel]:
     """A model whose forward is not compiled anew for each of the calls above; where they go is what is tested."""
     model = llmopt.optimize(build("llama"))
     router_forward = model._llmopt.forward
-    model.forward = router_forward
+    model.forward.run = router_forward
     return model, build("llama")
 
 
 def test_longer_than_the_model_takes_stays_with_transformers() -> None:
     """Rope has no end, so transformers goes on where the step program's cache would stop."""
     model = llmopt.optimize(build("llama"), max_model_len=16)
-    model.forward = model._llmopt.forward
+    model.forward.run = model._llmopt.forward  # type: ignore[union-attr]
     out = model.generate(IDS, max_new_tokens=11, do_sample=False)
     assert out.shape == (1, 17)
     assert "more than max_model_len" in notes(model)
@@ -155,7 +163,7 @@ def test_longer_than_the_model_takes_stays_with_transformers() -> None:
 
 def test_training_mode_stays_with_transformers() -> None:
     model = llmopt.optimize(build("llama").train())
-    model.forward = model._llmopt.forward
+    model.forward.run = model._llmopt.forward  # type: ignore[union-attr]
     model.generate(IDS, max_new_tokens=2, do_sample=False)
     assert "training mode" in notes(model)
 
@@ -165,7 +173,7 @@ def test_a_model_without_a_step_program_says_so(caplog: pytest.LogCaptureFixture
     model = build("llama")
     model.config.rope_parameters = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 2.0}
     llmopt.optimize(model)
-    model.forward = model._llmopt.forward
+    model.forward.run = model._llmopt.forward  # type: ignore[union-attr]
     out = model.generate(IDS, max_new_tokens=2, do_sample=False)
     assert out.shape == (1, 8)
     assert "rope type 'dynamic' depends on the length" in notes(model)
@@ -242,4 +250,155 @@ def test_bad_targets_and_options() -> None:
     with pytest.raises(InputError, match="takes a model"):
         llmopt.explain(3)
     with pytest.raises(UnsupportedError, match=r"no torch.nn.Embedding"):
-        llmopt.LLM(nn.Linear(2, 2))
+        llmopt.LLM(nn.Linear(2, 2).eval())
+    with pytest.raises(InputError, match=r"this GPT2LMHeadModel is in training mode; call model.eval\(\) first"):
+        llmopt.LLM(GPT2LMHeadModel(SMALL))
+
+
+def test_other_options_for_an_optimized_model_are_refused() -> None:
+    model = llmopt.optimize(nn.Linear(2, 2), block_size=8)
+    assert llmopt.optimize(model) is llmopt.optimize(model, block_size=8) is model
+    with pytest.raises(InputError, match=r"optimized with dtype='auto' already, not with 'bfloat16'"):
+        llmopt.optimize(model, dtype="bfloat16")
+
+
+# ---- copies --------------------------------------------------------------------------------------------------------
+
+
+def deep_copy(model: Any) -> Any:
+    return copy.deepcopy(model)
+
+
+def through_a_file(model: Any) -> Any:
+    return pickle.loads(pickle.dumps(model))  # noqa: S301  # this test's own bytes
+
+
+@pytest.mark.parametrize("copied", [deep_copy, through_a_file])
+def test_a_copy_has_its_own_weights(copied: Callable[[Any], Any]) -> None:
+    """Made after both doors were used, and edited as a merge or a moving average would."""
+    model, twin = pair("llama")
+    settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
+    with torch.no_grad():
+        before, tokens = model(IDS).logits, model.generate(IDS, **settings)
+    other = copied(model)
+    assert type(other) is type(model) and other._llmopt.options == model._llmopt.options
+    edited = build("llama")
+    with torch.no_grad():
+        for each in (other, edited):
+            each.lm_head.weight.copy_(twin.lm_head.weight.flip(0))
+        torch.testing.assert_close(other(IDS).logits, edited(IDS).logits, rtol=1e-4, atol=1e-4)
+        assert torch.equal(other.generate(IDS, **settings), edited.generate(IDS, **settings))
+        assert torch.equal(model(IDS).logits, before) and torch.equal(model.generate(IDS, **settings), tokens)
+    assert not torch.equal(other.generate(IDS, **settings), tokens)
+    assert [graph.kind for graph in llmopt.explain(other).graphs] == ["backend", "step"]
+    assert "input_ids" in inspect.signature(other.forward).parameters
+
+
+# ---- hooks and replaced forwards -----------------------------------------------------------------------------------
+
+GREEDY: dict[str, Any] = {"max_new_tokens": 3, "do_sample": False, "pad_token_id": PAD}
+
+
+def steer(module: nn.Module, args: Any, output: Any) -> Any:
+    logits = (output if isinstance(output, Tensor) else output.logits).clone()
+    logits[..., 9] += 1e3
+    if isinstance(output, Tensor):
+        return logits
+    output.logits = logits
+    return output
+
+
+def hook(model: Any) -> None:
+    model.register_forward_hook(steer)
+
+
+def replaced(model: Any) -> None:
+    forward = model.forward
+    model.forward = functools.wraps(forward)(lambda *args, **kwargs: steer(model, args, forward(*args, **kwargs)))
+
+
+@pytest.mark.parametrize("change", [hook, replaced])
+@pytest.mark.parametrize("late", [False, True])
+def test_what_a_call_does_beyond_its_class_is_kept(change: Callable[[Any], None], late: bool) -> None:
+    """The model is steered to one token; that it was steered before or after `optimize` makes no difference."""
+    if late:
+        model = llmopt.optimize(build("llama"))
+        change(model)
+    else:
+        model = build("llama")
+        change(model)
+        with pytest.raises(UnsupportedError, match="forward"):
+            llmopt.LLM(model)
+        llmopt.optimize(model)
+    assert model.generate(IDS, **GREEDY)[0, -3:].tolist() == [9, 9, 9]
+    assert "transformers" in notes(model) and "forward" in notes(model)
+
+
+def test_hooks_before_the_forward_count_too() -> None:
+    model = llmopt.optimize(nn.Linear(2, 2))
+    assert beyond_the_class(model) is None
+    model.register_forward_pre_hook(lambda module, args: None)
+    assert beyond_the_class(model) == "the model has forward hooks"
+
+
+def test_hooks_and_forwards_of_modules_inside_are_kept() -> None:
+    """Also those that come and go between two calls: each is part of the graph."""
+    model: Any = llmopt.optimize(build("llama"))
+    plain = model.generate(IDS, **GREEDY)
+    handle = model.lm_head.register_forward_hook(steer)
+    assert model.generate(IDS, **GREEDY)[0, -3:].tolist() == [9, 9, 9]
+    handle.remove()
+    assert torch.equal(model.generate(IDS, **GREEDY), plain)
+    inner = model.lm_head.forward
+    model.lm_head.forward = lambda states: steer(model, (), inner(states))
+    assert model.generate(IDS, **GREEDY)[0, -3:].tolist() == [9, 9, 9]
+    assert len(model._llmopt.engine()._latest) == 1, "a program that is out of date lets go of its weights"
+
+
+# ---- models that cannot be captured --------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_mamba_goes_to_transformers() -> None:
+    """PyTorch cannot export its forward."""
+    torch.manual_seed(0)
+    sizes = {"vocab_size": VOCABULARY, "hidden_size": 16, "num_hidden_layers": 1, "state_size": 4}
+    model = MambaForCausalLM(MambaConfig(**sizes, bos_token_id=None, eos_token_id=None)).eval()
+    expected = model.generate(IDS, **GREEDY)
+    llmopt.optimize(model)
+    model.forward.run = model._llmopt.forward
+    assert torch.equal(model.generate(IDS, **GREEDY), expected)
+    assert "cannot export" in notes(model)
+
+
+def test_a_model_that_cannot_be_captured_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Until it has changed."""
+    traced = []
+
+    def trace(*given: Any) -> Any:
+        traced.append(given)
+        raise UnsupportedError("the model breaks the graph")
+
+    monkeypatch.setattr("llmopt.engine.trace_forward", trace)
+    model = llmopt.optimize(GPT2LMHeadModel(SMALL).eval())
+    model.forward.run = model._llmopt.forward
+    ids = torch.tensor([[1, 2, 3]])
+    for tries in (1, 1):
+        assert model.generate(ids, **GREEDY).shape == (1, 6)
+        assert len(traced) == tries
+    assert "breaks the graph" in notes(model)
+    model.double().generate(ids, **GREEDY)
+    assert len(traced) == 2
+
+
+def test_threads_share_the_first_compilation() -> None:
+    model = llmopt.optimize(GPT2LMHeadModel(SMALL).eval())
+    ids, results = torch.tensor([[1, 2, 3]]), []
+    work = lambda: results.append(model.generate(ids, **GREEDY))  # noqa: E731
+    threads = [threading.Thread(target=work) for _ in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(results) == 4 and all(torch.equal(each, results[0]) for each in results)
+    assert [graph.kind for graph in llmopt.explain(model).graphs] == ["step"]

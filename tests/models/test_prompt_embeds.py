@@ -251,7 +251,7 @@ def test_what_embeddings_cannot_have() -> None:
     llm = llm_of("llama")
     with pytest.raises(OptionError, match="prompt_logprobs"):
         llm.generate({"prompt_embeds": torch.zeros(3, HIDDEN)}, GREEDY.replace(prompt_logprobs=1))
-    without = LLM(TinyCausal())
+    without = LLM(TinyCausal().eval())
     with pytest.raises(InputError, match="need the option enable_prompt_embeds=True"):
         without.generate({"prompt_embeds": torch.zeros(3, HIDDEN)}, GREEDY)
 

@@ -25,6 +25,7 @@ from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import PassContext, PassReport
 from llmopt.passes.pipeline import BACKEND, backend_pipeline, step_pipeline
 from llmopt.passes.raise_gated_act import RaiseGatedAct
+from llmopt.testing.reproduction import minifying
 
 ROOT = Path(__file__).resolve().parent.parent.parent
 
@@ -279,6 +280,22 @@ def test_bisect_command_takes_any_program(workplace: Path) -> None:
     assert run(sys.executable, "-c", "pass").exit_code == 1
     missing = run("no-such-program")
     assert missing.exit_code == 2 and "no-such-program" in missing.stderr
+    refused = run(str(check))
+    assert refused.exit_code == 2 and "check.py cannot be run: Permission denied" in refused.stderr
+
+
+def test_bisect_command_tells_a_check_that_compiles_nothing(workplace: Path) -> None:
+    answer = CliRunner().invoke(app, ["bisect", sys.executable, str(workplace / "chek.py")])
+    assert answer.exit_code == 2 and answer.stdout == ""
+    assert "compiles nothing with llmopt" in answer.stderr and "can't open file" in answer.stderr
+
+
+def test_bisect_command_takes_a_check_that_dies_in_a_rewrite(workplace: Path) -> None:
+    """Before its log is written: without any rewrite it passes, and nothing is to be blamed but the first."""
+    check = workplace / "check.py"
+    check.write_text("import os, sys; sys.exit(os.environ['LLMOPT_FUEL'] != '0')")
+    answer = CliRunner().invoke(app, ["bisect", sys.executable, str(check)])
+    assert answer.exit_code == 0 and answer.stdout.startswith("LLMOPT_FUEL=1 is the first to fail"), answer.stderr
 
 
 @pytest.mark.slow
@@ -297,12 +314,60 @@ def test_write_repro_keeps_the_one_operation_that_is_wrong(
     """Without running the file, which takes a process of its own; the slow test below does."""
     monkeypatch.setattr("llmopt.testing.reproduction._fails", lambda path: True)
     path = tmp_path / "found.py"
-    found = testing.write_repro(Net().eval(), torch.randn(3, 8), path=path, options={"threads": 1})
+    options = {"threads": 1, "disabled_passes": ("raise_rope",), "rewrite_log": str(tmp_path / "log")}
+    found = testing.write_repro(Net().eval(), torch.randn(3, 8), path=path, options=options)
     assert found is not None and (found.kind, found.nodes, found.path) == ("accuracy", 1, path)
     assert found.nodes_before >= 6
     text = path.read_text()
-    assert "tanh" in text and "linear" not in text and "backend='llmopt'" in text
+    assert "tanh" in text and "linear" not in text and "backend='llmopt_with_options'" in text
+    assert "'threads': 1" in text and "'disabled_passes': ('raise_rope',)" in text and "'rewrite_log'" not in text
     compile(text, "found.py", "exec")
+
+
+def test_a_repro_runs_with_the_options_of_what_failed(tmp_path: Path) -> None:
+    """In a process of its own: an op without a kernel is a failure only where the option says so."""
+    path = tmp_path / "found.py"
+    call = lambda x: torch.linalg.inv(x.relu() + torch.eye(3))  # noqa: E731
+    assert testing.write_repro(call, torch.rand(3, 3), path=path) is None
+    found = testing.write_repro(call, torch.rand(3, 3), path=path, options={"fallback": "error", "graph_cache": False})
+    assert found is not None and found.kind == "crash" and found.reproduces
+
+
+def test_options_of_step_programs_are_no_part_of_a_repro(tmp_path: Path) -> None:
+    """`optimize` compiles with them."""
+    with minifying(tmp_path / "repro.py") as search, torch.no_grad():
+        llmopt.optimize(Net().eval(), dtype="float32", batch_invariant=True)(torch.randn(3, 8))
+    assert search.checked == 1 and search.found is None
+
+
+def test_repro_command_overwrites_nothing_and_says_what_it_looked_at(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "script.py").write_text("import sys\nif len(sys.argv) > 1: raise LookupError('no such weight')")
+    (tmp_path / "fine.py").write_text(
+        "import torch, sys\ntorch.compile(torch.relu, backend='llmopt')(torch.ones(3))\n"
+        "if len(sys.argv) > 1: raise LookupError('no such weight')"
+    )
+    run = lambda *command: CliRunner().invoke(app, ["repro", *command])  # noqa: E731
+    cases: list[tuple[list[str], list[str]]] = [
+        (["--out", "script.py", "script.py"], ["script.py is SCRIPT"]),
+        (["--out", "no/such/repro.py", "script.py"], ["--out no/such/repro.py", "does not exist"]),
+        (["script.py"], ["0 graphs of script.py were checked"]),
+        (["script.py", "x"], ["LookupError: no such weight", "0 graphs"]),
+        (["fine.py", "x"], ["LookupError: no such weight", "1 graphs of fine.py were checked, and none failed"]),
+    ]
+    for command, words in cases:
+        answer = run(*command)
+        assert answer.exit_code == 2 and all(word in answer.stderr for word in words), answer.stderr
+    torch._dynamo.reset()
+    answer = run("fine.py")
+    assert answer.exit_code == 1 and "no graph fails: 1 were checked" in answer.stdout
+    (tmp_path / "repro.py").write_text("mine")
+    for command in (["fine.py"], ["repro.py"]):
+        answer = run(*command)
+        assert answer.exit_code == 2 and "name another file by --out" in answer.stderr
+    assert (tmp_path / "repro.py").read_text() == "mine"
 
 
 @pytest.mark.slow
