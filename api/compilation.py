@@ -121,7 +121,7 @@ def _compile_graph(
     traced = time.perf_counter()
     passes = run_pipeline(captured.graph, backend_pipeline(), options)
     passed = time.perf_counter()
-    lowered = lower(captured.graph, captured.mutations)
+    lowered = lower(captured.graph, captured.mutations, captured.told)
     report = make_report("backend", captured.graph, passes, lowered)
     report.captured = before
     _check_fallbacks(report, options)

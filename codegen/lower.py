@@ -32,6 +32,7 @@ from llmopt.codegen.program import (
     Value,
     View,
 )
+from llmopt.codegen.result_layouts import keep_layouts
 from llmopt.codegen.select import Selection, is_size, is_view, select_kernels
 from llmopt.codegen.target import target_of
 from llmopt.compiler.errors import UnsupportedError
@@ -73,14 +74,18 @@ class _Step:
     writes: set[Any] = field(default_factory=set)
 
 
-def lower(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
+def lower(graph: fx.Graph, mutations: Sequence[int] = (), told: Sequence[Any] | None = None) -> Lowered:
     """Lowers `graph`, whose first `len(mutations)` outputs are the new values of those arguments.
+
+    Results will lie in memory as `told` does, see `Captured`; None: as they come.
 
     Raises UnsupportedError when a size has no source among the inputs, or tensors lie on several kinds of devices.
     """
     target_of(graph)
     decompose(graph)
     densify(graph)
+    if told is not None:
+        keep_layouts(graph, told)
     return _Lowering(graph, select_kernels(graph), mutations).run()
 
 
