@@ -13,16 +13,18 @@ from torch.fx.node import Node
 
 from llmopt.codegen.layout import to_stride
 from llmopt.compiler.aliasing import memory_of
-from llmopt.compiler.graph import Rewriter, aten, is_tensor, outputs, same_size, tensor, to_expr, view_base
+from llmopt.compiler.graph import Rewriter, aten, is_tensor, outputs, tensor, to_expr, view_base
 
 
-def keep_layouts(graph: fx.Graph, told: Sequence[Any]) -> None:
+def keep_layouts(graph: fx.Graph, told: Sequence[Any]) -> dict[int, torch.Tensor]:
     """Before: `return transpose(y)`, where the caller was told of dense rows. After: a dense copy of it is returned.
 
     `told` are the values of the results when they were captured; Dynamo traces what follows the graph by their strides.
-    Results that share memory are looked at together: they become views of one copy, if one of them is the whole of that
-    memory, and stay as they lie if none is.
+    Results that share memory are looked at together: if one of them is the whole of that memory, the graph returns its
+    copy for all of them, and of those that are only a view of it the value as it was told comes back, by index. If none
+    is, they stay as they lie.
     """
+    views: dict[int, torch.Tensor] = {}
     results = outputs(graph)
     together: dict[int, list[int]] = defaultdict(list)
     for index, (node, val) in enumerate(zip(results, told, strict=True)):
@@ -36,14 +38,13 @@ def keep_layouts(graph: fx.Graph, told: Sequence[Any]) -> None:
             whole = indices[0] if len(indices) == 1 else next((i for i in indices if _is_whole(told[i])), None)
             if whole is None or any(tensor(results[i]).dtype != tensor(results[whole]).dtype for i in indices):
                 continue
-            copy = results[whole] = _dense(rewriter, results[whole], told[whole])
+            copy = _dense(rewriter, results[whole], told[whole])
             for i in indices:
-                if i != whole:
-                    val = told[i]
-                    where = (list(val.shape), list(val.stride()), val.storage_offset())
-                    results[i] = rewriter.call(aten.as_strided.default, copy, *where)
+                results[i] = copy
+            views.update((i, told[i]) for i in indices if i != whole)
     graph.output_node().args = (tuple(results),)
     graph.eliminate_dead_code()
+    return views
 
 
 def _lies_as(val: torch.Tensor, told: torch.Tensor) -> bool:
@@ -81,4 +82,4 @@ def _is_whole(told: torch.Tensor) -> bool:
         if to_expr(told.shape[dim]) != 1 and sympy.expand(to_stride(told.stride(dim)) - to_expr(expected)) != 0:
             return False
         expected = expected * told.shape[dim]
-    return same_size(expected * told.element_size(), told.untyped_storage().nbytes())
+    return bool(sympy.expand(to_stride(told.untyped_storage().nbytes()) - to_expr(expected) * told.element_size()) == 0)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import torch
 from torch.fx.node import Node
-from torch.utils import _pytree as pytree
 
 from llmopt.compiler.decompose import composite
 from llmopt.compiler.graph import VIEW_OPS, aten, fake_call, fake_mode, is_op, is_tensor, reachable, tensor
@@ -27,7 +26,8 @@ def may_alias(node: Node) -> bool:
 def _passes_on(node: Node) -> bool:
     given = {memory_of(tensor(n)) for n in node.all_input_nodes if is_tensor(n)}
     made = fake_call(fake_mode(node.graph), node.target, node.args, node.kwargs)
-    return any(memory_of(t) in given for t in pytree.tree_leaves(made) if isinstance(t, torch.Tensor))
+    results = made if isinstance(made, list | tuple) else [made]
+    return any(memory_of(item) in given for item in results if isinstance(item, torch.Tensor))
 
 
 def escapes(node: Node) -> bool:

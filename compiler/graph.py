@@ -25,7 +25,6 @@ aten = torch.ops.aten
 VIEW_OPS: frozenset[Any] = frozenset(
     {
         aten.alias.default,
-        aten.as_strided.default,
         aten.detach.default,
         aten.expand.default,
         aten.permute.default,

@@ -64,7 +64,7 @@ NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice to the size": lambda x: x[0:3],
     "times one": lambda x: x * 1,
     "over one": lambda x: x / 1.0,
-    "plus zero": lambda x: x + 0,
+    "plus minus zero": lambda x: x + -0.0,
     "minus zero": lambda x: x - 0.0,
     "same view": lambda x: x.view(3, 4),
     "same reshape": lambda x: x.reshape(3, 4),
