@@ -12,6 +12,7 @@ from torch import fx
 from torch.fx.node import Node
 
 from llmopt.codegen.layout import to_stride
+from llmopt.codegen.select import weight_only
 from llmopt.compiler.aliasing import memory_of
 from llmopt.compiler.graph import Rewriter, aten, is_tensor, outputs, tensor, to_expr, view_base
 
@@ -20,11 +21,13 @@ def keep_layouts(graph: fx.Graph, told: Sequence[Any]) -> dict[int, torch.Tensor
     """Before: `return transpose(y)`, where the caller was told of dense rows. After: a dense copy of it is returned.
 
     `told` are the values of the results when they were captured; Dynamo traces what follows the graph by their strides.
+    A result that is computed when weights are bound is copied, too: the caller may write to it.
     Results that share memory are looked at together: if one of them is the whole of that memory, the graph returns its
     copy for all of them, and of those that are only a view of it the value as it was told comes back, by index. If none
     is, they stay as they lie.
     """
     views: dict[int, torch.Tensor] = {}
+    bound = weight_only(graph)
     results = outputs(graph)
     together: dict[int, list[int]] = defaultdict(list)
     for index, (node, val) in enumerate(zip(results, told, strict=True)):
@@ -33,7 +36,10 @@ def keep_layouts(graph: fx.Graph, told: Sequence[Any]) -> dict[int, torch.Tensor
     rewriter = Rewriter(graph)
     with rewriter.before(graph.output_node()):
         for indices in together.values():
-            if all(_lies_as(tensor(results[i]), told[i]) or view_base(results[i]).op == "placeholder" for i in indices):
+            bases = {view_base(results[i]) for i in indices}
+            if any(base.op == "placeholder" for base in bases):
+                continue  # views of arguments
+            if all(_lies_as(tensor(results[i]), told[i]) for i in indices) and bases.isdisjoint(bound):
                 continue
             whole = indices[0] if len(indices) == 1 else next((i for i in indices if _is_whole(told[i])), None)
             if whole is None or any(tensor(results[i]).dtype != tensor(results[whole]).dtype for i in indices):
