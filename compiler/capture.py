@@ -267,6 +267,22 @@ def _check_tensor(node: Node, val: torch.Tensor) -> None:
         raise UnsupportedError(f"layout {val.layout} of {name} is not supported")
 
 
+def lift_checks(captured: Captured) -> list[str]:
+    """Turns the checks of values that the caller's code makes into further results, and returns their messages.
+
+    Each of those results must be true; whoever runs the graph raises RuntimeError with the message where it is not.
+    """
+    graph, messages = captured.graph, []
+    found = graph.find_nodes(op="call_function", target=aten._assert_async.msg)
+    for node in found:
+        condition, message = node.args
+        messages.append(message)
+        captured.told.append(condition.meta["val"])
+        graph.erase_node(node)
+        graph.output_node().args = ((*outputs(graph), condition),)
+    return messages
+
+
 # Checks that exporting inserts; they hold by construction and only stand between other ops.
 ASSERTIONS = frozenset(
     {

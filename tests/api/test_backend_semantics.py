@@ -114,6 +114,21 @@ def test_returned_views_alias_inputs() -> None:
         assert results[6].untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
 
 
+@torch.no_grad()
+def test_a_check_of_the_callers_own_is_made() -> None:
+    def checked(x: Tensor) -> Tensor:
+        torch._assert_async(x.sum() > 0, "not positive")
+        torch._assert_async(x[0, 0] < 9, "too large")
+        return x + 1
+
+    run = compiled(checked)
+    for rows in (3, 4):
+        torch.testing.assert_close(run(torch.ones(rows, 6)), torch.full((rows, 6), 2.0))
+        for x, message in ((-torch.ones(rows, 6), "not positive"), (torch.full((rows, 6), 9.0), "too large")):
+            with pytest.raises(RuntimeError, match=message):
+                run(x)
+
+
 CONVOLUTION = nn.Conv2d(3, 8, 4, stride=4)
 
 
