@@ -17,7 +17,7 @@ from llmopt import graph_cache, step_cache
 from llmopt.codegen.lower import Lowered, lower
 from llmopt.codegen.program import Program
 from llmopt.codegen.target import device_of
-from llmopt.compiler.capture import Captured, capture, specialized_floats
+from llmopt.compiler.capture import Captured, capture, lift_checks, specialized_floats
 from llmopt.compiler.errors import UnsupportedError
 from llmopt.compiler.graph import graph_text, location, placeholders
 from llmopt.compiler.options import Options
@@ -116,24 +116,25 @@ def _compile_graph(
     start = time.perf_counter()
     known = shape_facts(gm)
     captured = capture(gm, example_inputs)
+    checks = lift_checks(captured)
     _mark_weights(captured)
     before = graph_text(captured.graph, renumber=False) if options.record_graphs else None
     traced = time.perf_counter()
     passes = run_pipeline(captured.graph, backend_pipeline(), options)
     passed = time.perf_counter()
-    lowered = lower(captured.graph, captured.mutations)
+    lowered = lower(captured.graph, captured.mutations, captured.told)
     report = make_report("backend", captured.graph, passes, lowered)
     report.captured = before
     _check_fallbacks(report, options)
     parts = (lowered.program, captured.graph, lowered.weights, captured.constants)
-    compiled = CompiledGraph(*parts, options.threads, options.huge_pages, device_of(captured.graph))
+    compiled = CompiledGraph(*parts, options.threads, options.huge_pages, device_of(captured.graph), checks)
     report.seconds = {
         "capture": traced - start,
         "passes": passed - traced,
         "code generation": time.perf_counter() - passed,
     }
     # What comes from the cache cannot tell Dynamo of what it assumes about sizes.
-    if key is not None and shape_facts(gm) == known:
+    if key is not None and not checks and shape_facts(gm) == known:
         graph_cache.keep(key, *parts, report)
     return compiled, report
 

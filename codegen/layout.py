@@ -99,10 +99,14 @@ def _without_max(stride: Expr) -> Expr:
 
 def layout(node: Node) -> Layout:
     """The layout of a tensor node; its base is a placeholder or a node that computes."""
-    val = tensor(node)
+    val, base = tensor(node), view_base(node)
+    # An argument may itself begin somewhere in its memory: entries are counted from there.
+    begin = (
+        to_expr(val.storage_offset()) - to_expr(tensor(base).storage_offset()) if base is not node else sympy.Integer(0)
+    )
     return Layout(
-        view_base(node),
-        to_expr(val.storage_offset()) if view_base(node) is not node else sympy.Integer(0),
+        base,
+        begin,
         tuple(map(to_expr, val.shape)),
         tuple(map(to_stride, val.stride())),
         val.element_size(),

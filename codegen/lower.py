@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -32,6 +32,7 @@ from llmopt.codegen.program import (
     Value,
     View,
 )
+from llmopt.codegen.result_layouts import keep_layouts
 from llmopt.codegen.select import Selection, is_size, is_view, select_kernels
 from llmopt.codegen.target import target_of
 from llmopt.compiler.errors import UnsupportedError
@@ -73,20 +74,25 @@ class _Step:
     writes: set[Any] = field(default_factory=set)
 
 
-def lower(graph: fx.Graph, mutations: Sequence[int] = ()) -> Lowered:
+def lower(graph: fx.Graph, mutations: Sequence[int] = (), told: Sequence[Any] | None = None) -> Lowered:
     """Lowers `graph`, whose first `len(mutations)` outputs are the new values of those arguments.
+
+    Results will lie in memory as `told` does, see `Captured`; None: as they come.
 
     Raises UnsupportedError when a size has no source among the inputs, or tensors lie on several kinds of devices.
     """
     target_of(graph)
     decompose(graph)
     densify(graph)
-    return _Lowering(graph, select_kernels(graph), mutations).run()
+    views = keep_layouts(graph, told) if told is not None else {}
+    return _Lowering(graph, select_kernels(graph), mutations, views).run()
 
 
 class _Lowering:
-    def __init__(self, graph: fx.Graph, selection: Selection, mutations: Sequence[int]) -> None:
-        self.graph, self.selection, self.mutations = graph, selection, mutations
+    def __init__(
+        self, graph: fx.Graph, selection: Selection, mutations: Sequence[int], views: Mapping[int, torch.Tensor]
+    ) -> None:
+        self.graph, self.selection, self.mutations, self.views = graph, selection, mutations, views
         self.symbols: list[SymbolSource] = []
         self.names: dict[sympy.Symbol, str] = {}
         self.values: list[Value] = []
@@ -104,7 +110,7 @@ class _Lowering:
         made = [(unit, step) for unit in units for step in self._steps(unit, workspaces)]
         steps = _with_barriers([step for _, step in made])
         returned = outputs(self.graph)
-        results = [self._argument(item) for item in returned[len(self.mutations) :]]
+        results = [self._result(number, item) for number, item in enumerate(returned)][len(self.mutations) :]
         news = [self._view(node) for node in returned[: len(self.mutations)]]
         program = Program(
             self.symbols,
@@ -334,6 +340,14 @@ class _Lowering:
         if is_size(arg):
             return Size(self.index(arg.meta["val"]))
         return self._view(arg)
+
+    def _result(self, number: int, item: Any) -> Any:
+        """What the graph returns, or the view of it that the caller gets."""
+        seen = self.views.get(number)
+        if seen is None:
+            return self._argument(item)
+        sizes, strides = (tuple(map(self.index, part)) for part in (seen.shape, map(to_stride, seen.stride())))
+        return View(self.value_of[view_base(item)], self.index(seen.storage_offset()), sizes, strides)
 
     def _view(self, node: Node) -> View:
         shape = layout(node)

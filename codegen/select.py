@@ -15,7 +15,8 @@ from llmopt.codegen.cpu.templates import PlannedCall
 from llmopt.codegen.epilogues import Attached, plan_epilogues
 from llmopt.codegen.loops.group import LoopGroup, plan_loops
 from llmopt.codegen.target import plan_template
-from llmopt.compiler.graph import VIEW_OPS, is_op, is_tensor, outputs, placeholders, tensor, to_expr, view_base
+from llmopt.compiler.aliasing import escapes
+from llmopt.compiler.graph import VIEW_OPS, aten, is_op, is_tensor, outputs, placeholders, tensor, to_expr, view_base
 from llmopt.compiler.verify import Binding, check_bindings
 
 
@@ -69,6 +70,8 @@ def weight_only(graph: fx.Graph) -> set[Node]:
         if not all(isinstance(item, torch.Tensor) and not _symbols(item) for item in items):
             continue
         if torch.Tag.nondeterministic_seeded in getattr(node.target, "tags", ()):
+            continue
+        if is_op(node, aten.clone.default) and escapes(node):  # the caller's own, to write to: another one at each call
             continue
         found.add(node)
     return found

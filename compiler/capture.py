@@ -50,6 +50,7 @@ class Captured:
     weights: for each argument the qualified name of the parameter or buffer that it is, or None for a user input.
     float_values: values that were specialised, by argument index.
     constants: tensors that the model's code makes from Python numbers; they are further arguments, behind the caller's.
+    told: the fake values of the outputs, None for those of `mutations`: how they lie in memory is what Dynamo knows.
     """
 
     graph: fx.Graph
@@ -57,6 +58,7 @@ class Captured:
     weights: list[str | None]
     float_values: dict[int, float] = field(default_factory=dict)
     constants: list[torch.Tensor] = field(default_factory=list)
+    told: list[Any] = field(default_factory=list)
 
     @property
     def num_returned(self) -> int:
@@ -175,7 +177,8 @@ def capture(gm: fx.GraphModule, example_inputs: Sequence[Any]) -> Captured:
     constants = _lift_constants(exported)
     _move_to_device(exported.graph, constants)
     weights += [f"constant.{i}" for i in range(len(constants))]
-    return Captured(exported.graph, mutations, weights, floats, constants)
+    returned = [n.meta.get("val") if isinstance(n, Node) else n for n in outputs(exported.graph)[len(mutations) :]]
+    return Captured(exported.graph, mutations, weights, floats, constants, [None] * len(mutations) + returned)
 
 
 def _drop_tokens(graph: fx.Graph, count: int) -> None:
@@ -211,7 +214,8 @@ def _lift_constants(gm: fx.GraphModule) -> list[torch.Tensor]:
                 with gm.graph.inserting_before(node):
                     found[name] = gm.graph.call_function(aten.full.default, ([], constant.item()), how)
             else:
-                with gm.graph.inserting_after(placeholders(gm.graph)[-1]):
+                inputs = placeholders(gm.graph)
+                with gm.graph.inserting_after(inputs[-1]) if inputs else gm.graph.inserting_before():
                     found[name] = gm.graph.placeholder(f"constant_{len(constants)}")
                 constants.append(constant.detach().clone())
             with mode:
@@ -266,6 +270,22 @@ def _check_tensor(node: Node, val: torch.Tensor) -> None:
         raise UnsupportedError(f"device {val.device} of {name} is not supported; llmopt generates code for: {known}")
     if val.layout != torch.strided:
         raise UnsupportedError(f"layout {val.layout} of {name} is not supported")
+
+
+def lift_checks(captured: Captured) -> list[str]:
+    """Turns the checks of values that the caller's code makes into further results, and returns their messages.
+
+    Each of those results must be true; whoever runs the graph raises RuntimeError with the message where it is not.
+    """
+    graph, messages = captured.graph, []
+    found = graph.find_nodes(op="call_function", target=aten._assert_async.msg)
+    for node in found:
+        condition, message = node.args
+        messages.append(message)
+        captured.told.append(condition.meta["val"])
+        graph.erase_node(node)
+        graph.output_node().args = ((*outputs(graph), condition),)
+    return messages
 
 
 # Checks that exporting inserts; they hold by construction and only stand between other ops.

@@ -56,6 +56,7 @@ DEFAULT_TOLERANCES: dict[torch.dtype, Tolerance] = {
     torch.float32: Tolerance(1.3e-6, 1e-5, _ROUNDING),
     torch.bfloat16: Tolerance(1.6e-2, 1e-5, _ROUNDING),
     torch.float16: Tolerance(1e-3, 1e-5, _ROUNDING),
+    torch.float64: Tolerance(1e-12, 1e-12, _ROUNDING),
 }
 
 # Sums over K terms in another order than the reference's: the error grows with the square root of K, and a low

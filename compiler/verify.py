@@ -133,6 +133,8 @@ def check_bindings(graph: fx.Graph, constants: Iterable[Node], bindings: Sequenc
 def sample_inputs(graph: fx.Graph, seed: int = 0) -> list[Any]:
     """Fresh random arguments for every placeholder: floats around zero, integers that index safely, hints for sizes.
 
+    Masks hide some places, but never two neighbours, so that whatever attends to a window sees something.
+
     A step graph gets a consistent ragged batch, because its integers say where in the cache each token goes.
     """
     rng = torch.Generator().manual_seed(seed)
@@ -147,13 +149,16 @@ def sample_inputs(graph: fx.Graph, seed: int = 0) -> list[Any]:
             made.append(val)
         else:
             shape = [s.node.hint if isinstance(s, torch.SymInt) else s for s in val.shape]
-            made.append(_random_tensor(shape, val.dtype, rng))
+            made.append(_random_tensor(shape, val.dtype, rng).to(val.device))
     return made
 
 
 def _random_tensor(shape: Sequence[int], dtype: torch.dtype, rng: torch.Generator) -> torch.Tensor:
     if dtype == torch.bool:
-        return torch.ones(shape, dtype=dtype)
+        hidden = torch.rand(tuple(shape), generator=rng) < 0.3
+        if hidden.ndim:
+            hidden[..., 0::2] = False
+        return ~hidden
     if dtype.is_floating_point:
         scale = max(1, shape[-1]) ** -0.5 if len(shape) > 1 else 1.0
         return (torch.randn(tuple(shape), generator=rng) * scale).to(dtype)

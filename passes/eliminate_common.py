@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -9,8 +10,8 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
+from llmopt.compiler.aliasing import escapes
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
-from llmopt.passes.matching import escapes
 
 
 def _key(arg: Any) -> Any:
@@ -20,8 +21,8 @@ def _key(arg: Any) -> Any:
         return ("dict", *sorted((k, _key(v)) for k, v in arg.items()))
     if isinstance(arg, slice):
         return ("slice", arg.start, arg.stop, arg.step)
-    # 1, 1.0 and True are equal and hash alike, but mean different dtypes.
-    return (type(arg), arg)
+    # 1, 1.0 and True are equal and hash alike, but mean different dtypes; so are 0.0 and -0.0.
+    return (type(arg), arg, math.copysign(1, arg) if isinstance(arg, float) else None)
 
 
 def _is_pure(node: Node) -> bool:

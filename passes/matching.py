@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 import torch
 from torch.fx.node import Node
 
-from llmopt.compiler.graph import VIEW_OPS, Rewriter, aten, is_op, is_tensor, reachable, same_shape, tensor, to_expr
+from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, reachable, same_shape, tensor, to_expr
 
 CAST = aten._to_copy.default
 MAX_INDEX = torch.iinfo(torch.int64).max
@@ -162,17 +162,8 @@ def prefix_and_rest(prefix: Any, rest: Any) -> Node | None:
 
 
 def same_layout(a: torch.Tensor, b: torch.Tensor) -> bool:
-    """Same dtype and shape, for every value of the symbols."""
-    return a.dtype == b.dtype and same_shape(a.shape, b.shape)
-
-
-def escapes(node: Node) -> bool:
-    """Whether the caller gets to see a node's memory.
-
-    Such a value may not become an alias of another where it is none in eager mode: the caller may write to it.
-    """
-    seen = lambda n: [u for u in n.users if is_op(u, operator.getitem, *VIEW_OPS)]  # noqa: E731
-    return any(user.op == "output" for n in reachable([node], seen) for user in n.users)
+    """Same dtype, device and shape, for every value of the symbols."""
+    return a.dtype == b.dtype and a.device == b.device and same_shape(a.shape, b.shape)
 
 
 def depends_only_on(graph_nodes: Iterable[Node], allowed: set[Node]) -> set[Node]:

@@ -9,6 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import Node
 
+from llmopt.compiler.aliasing import escapes
 from llmopt.compiler.graph import Rewriter, aten, nodes_of, tensor
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.vocabulary import llmopt_ops
@@ -38,7 +39,11 @@ class MergeLinears(Pass):
             late = [n for n in group if any(order[a] > order[group[0]] for a in _weights(n))]
             for _ in late:
                 report.skipped["weight is computed after the first product"] += 1
-            group = [n for n in group if n not in late]
+            # A part of a merged result has gaps between its rows, and keeps the memory of the other parts alive.
+            seen = [n for n in group if escapes(n)]
+            for _ in seen:
+                report.skipped["the caller sees its memory"] += 1
+            group = [n for n in group if n not in late and n not in seen]
             if len(group) < 2:
                 continue
             if not context.burn():

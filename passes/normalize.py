@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import operator
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
+from llmopt.compiler.aliasing import escapes
 from llmopt.compiler.capture import ASSERTIONS
 from llmopt.compiler.decompose import expand_op
 from llmopt.compiler.graph import (
@@ -24,7 +26,7 @@ from llmopt.compiler.graph import (
     tensor,
 )
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
-from llmopt.passes.matching import CAST, MAX_INDEX, escapes, is_number, permutation, same_layout
+from llmopt.passes.matching import CAST, MAX_INDEX, is_number, permutation, same_layout
 
 _SYNONYMS = {
     aten.__and__.Tensor: aten.bitwise_and.Tensor,
@@ -46,14 +48,17 @@ _FRESH = (
 
 
 def _identity(node: Node) -> Node | None:
-    """The input that a node merely passes on, or None."""
+    """The input that a node merely passes on, and may share its memory with; or None."""
+    x = _same_value(node)
+    return None if x is None or (is_op(node, *_FRESH) and escapes(node)) else x
+
+
+def _same_value(node: Node) -> Node | None:
     x = node.args[0] if node.args else None
     if not isinstance(x, Node) or not is_tensor(x) or not is_tensor(node):
         return None
     before, after = tensor(x), tensor(node)
     if not same_layout(before, after):
-        return None
-    if is_op(node, *_FRESH) and escapes(node):
         return None
     if is_op(node, aten.alias.default, aten.detach.default):
         return x
@@ -83,8 +88,17 @@ def _identity(node: Node) -> Node | None:
     if is_op(node, aten.mul.Tensor, aten.div.Tensor):
         return x if is_number(node.args[1]) and node.args[1] == 1 else None
     if is_op(node, aten.add.Tensor, aten.sub.Tensor):
-        return x if is_number(node.args[1]) and node.args[1] == 0 else None
+        return x if _adds_nothing(node) else None
     return None
+
+
+def _adds_nothing(node: Node) -> bool:
+    """Of floats, only `x - 0.0` and `x + -0.0` are x: `-0.0 + 0.0` is 0.0."""
+    x, number = node.args[:2]
+    if not is_number(number) or number != 0 or node.kwargs:
+        return False
+    signed = tensor(x).is_floating_point() or tensor(x).is_complex()
+    return not signed or is_op(node, aten.add.Tensor) == (math.copysign(1, number) < 0)
 
 
 def _compute_weights_first(graph: fx.Graph) -> int:
@@ -133,7 +147,7 @@ class Normalize(Pass):
                 report.matched += 1
                 continue
             if node.target in _SYNONYMS:
-                node.target = _SYNONYMS[node.target]
+                _respell(node)
                 report.matched += 1
             if (x := _identity(node)) is not None:
                 rewriter.replace(node, x)
@@ -148,7 +162,8 @@ class Normalize(Pass):
     def _canonical(self, node: Node, rewriter: Rewriter) -> Node | None:
         with rewriter.before(node):
             if is_op(node, aten.type_as.default, aten.to.dtype):
-                return rewriter.call(CAST, node.args[0], dtype=tensor(node).dtype)
+                device = {"device": tensor(node).device} if _moves(node) else {}
+                return rewriter.call(CAST, node.args[0], dtype=tensor(node).dtype, **device)
             if is_op(node, aten.contiguous.default):
                 return rewriter.call(aten.clone.default, node.args[0], memory_format=torch.contiguous_format)
             if is_op(node, aten.reshape.default):
@@ -162,8 +177,20 @@ class Normalize(Pass):
             if is_op(node, aten.einsum.default):
                 return expand_op(rewriter, node)
             if is_op(node, CAST) and set(node.kwargs) > {"dtype"} and node.kwargs.get("memory_format") is None:
-                return rewriter.call(CAST, node.args[0], dtype=tensor(node).dtype)
+                return None if _moves(node) else rewriter.call(CAST, node.args[0], dtype=tensor(node).dtype)
         return None
+
+
+def _moves(node: Node) -> bool:
+    """Whether a conversion goes to another device."""
+    return tensor(node).device != tensor(node.args[0]).device
+
+
+def _respell(node: Node) -> None:
+    """Gives a node the op's usual name; a factor that has a place of its own there is given by name."""
+    node.target = _SYNONYMS[node.target]
+    if len(node.args) > 2:
+        node.args, node.kwargs = node.args[:2], {"alpha": node.args[2]}
 
 
 def _extreme(rewriter: Rewriter, node: Node) -> Node | None:
@@ -177,11 +204,16 @@ def _extreme(rewriter: Rewriter, node: Node) -> Node | None:
 def _without_empty_pieces(rewriter: Rewriter, node: Node) -> Node | None:
     """A concatenation without its pieces of size zero (partial rotary embeddings of the whole head leave one)."""
     pieces, dim = node.args[0], node.args[1] if len(node.args) > 1 else 0
+    if any(tensor(piece).dtype != tensor(node).dtype for piece in pieces):
+        return None  # an empty piece, too, has a say in the dtype
     # torch.cat also takes an empty tensor of one dimension, whatever the others have: a new DynamicCache starts so.
     full = [piece for piece in pieces if tensor(piece).shape != (0,) and tensor(piece).shape[dim] != 0]
     if len(full) in (0, len(pieces)):
         return None
-    return full[0] if len(full) == 1 else rewriter.call(aten.cat.default, full, dim)
+    if len(full) > 1:
+        return rewriter.call(aten.cat.default, full, dim)
+    (only,) = full
+    return rewriter.call(aten.clone.default, only, memory_format=torch.contiguous_format) if escapes(node) else only
 
 
 def _copied(rewriter: Rewriter, node: Node) -> Node:

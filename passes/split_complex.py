@@ -9,7 +9,7 @@ from typing import Any
 from torch import fx
 from torch.fx.node import Node, map_arg
 
-from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, outputs, placeholders, tensor
+from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, outputs, placeholders, same_shape, tensor
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 
 Parts = tuple[Node, Node]
@@ -46,6 +46,8 @@ class SplitComplex(Pass):
             unknown.add("an argument of the graph")
         if any(isinstance(a, complex) for n in nodes for a in n.args):
             unknown.add("a Python number")
+        if any(_spreads(n) and not all(isinstance(size, int) for size in tensor(n).shape) for n in nodes):
+            unknown.add("a number whose parts spread over a symbolic size")
         for name in sorted(unknown):
             report.skipped[f"{name} is complex"] += 1
         if unknown or not nodes or not context.burn():
@@ -77,9 +79,33 @@ def _reads_complex(node: Node) -> bool:
 def _moved(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
     def one(which: int) -> Node:
         args, kwargs = map_arg((node.args, node.kwargs), lambda n: parts[n][which] if n in parts else n)
+        if which == 1 and is_op(node, aten.cat.default, aten.stack.default):  # real pieces have no imaginary part
+            pieces = node.args[0]
+            args = (
+                [parts[n][1] if n in parts else rewriter.call(aten.zeros_like.default, n) for n in pieces],
+                *args[1:],
+            )
         return rewriter.call(node.target, *args, **kwargs)
 
     return one(0), one(1)
+
+
+def _spreads(node: Node) -> bool:
+    """Whether a number is made of parts that broadcast."""
+    if not is_op(node, aten.polar.default, aten.complex.default):
+        return False
+    return any(not same_shape(tensor(part).shape, tensor(node).shape) for part in node.all_input_nodes)
+
+
+def _complex(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
+    real, imaginary = (_spread(rewriter, part, node) for part in node.args)
+    return real, imaginary
+
+
+def _spread(rewriter: Rewriter, part: Node, node: Node) -> Node:
+    """`part` in the shape of `node`."""
+    same = same_shape(tensor(part).shape, tensor(node).shape)
+    return part if same else rewriter.call(aten.expand.default, part, list(tensor(node).shape))
 
 
 def _viewed(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
@@ -90,6 +116,7 @@ def _viewed(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
 def _polar(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
     radius, angle = node.args
     unit = is_op(radius, aten.ones_like.default, aten.ones.default)
+    angle = _spread(rewriter, angle, node)
     turned = [rewriter.call(op, angle) for op in (aten.cos.default, aten.sin.default)]
     real, imaginary = (t if unit else rewriter.call(aten.mul.Tensor, radius, t) for t in turned)
     return real, imaginary
@@ -124,7 +151,7 @@ def _joined(rewriter: Rewriter, node: Node, parts: dict[Node, Parts]) -> Parts:
 _SPLIT: dict[Any, Callable[[Rewriter, Node, dict[Node, Parts]], Parts]] = {
     aten.polar.default: _polar,
     aten.view_as_complex.default: _pairs,
-    aten.complex.default: lambda rewriter, node, parts: (node.args[0], node.args[1]),
+    aten.complex.default: _complex,
     aten.mul.Tensor: _product,
     aten._conj.default: _conjugate,
     aten.view.default: _viewed,

@@ -26,6 +26,7 @@ class CompiledGraph:
         constants: the graph's further arguments.
         threads, huge_pages: see `Executable`.
         device: where a program for a GPU runs.
+        checks: messages of the last results, which are no results but must be true.
     """
 
     def __init__(
@@ -37,15 +38,16 @@ class CompiledGraph:
         threads: int = 0,
         huge_pages: bool = False,
         device: torch.device | None = None,
+        checks: Sequence[str] = (),
     ) -> None:
-        self._constants = list(constants)
+        self._constants, self._checks = list(constants), list(checks)
         self.executable = make_executable(program, threads, device, huge_pages)
         self.binder = WeightBinder(graph, weights)
         self._bound: list[int] | None = None
         self._lock = threading.Lock()
 
     def __call__(self, arguments: Sequence[Any]) -> list[Any]:
-        """The graph's results, in order."""
+        """The graph's results, in order; raises RuntimeError where a check of the caller's own fails."""
         arguments = [*arguments, *self._constants]
         with self._lock, torch.no_grad():
             weights = self.binder.resolve(arguments)
@@ -53,4 +55,8 @@ class CompiledGraph:
             if pointers != self._bound:
                 self.executable.bind(weights)
                 self._bound = pointers
-            return self.executable(arguments)
+            results = self.executable(arguments)
+        for message in reversed(self._checks):
+            if not results.pop():
+                raise RuntimeError(message)
+        return results

@@ -115,6 +115,81 @@ def test_returned_views_alias_inputs() -> None:
 
 
 @torch.no_grad()
+def test_a_check_of_the_callers_own_is_made() -> None:
+    def checked(x: Tensor) -> Tensor:
+        torch._assert_async(x.sum() > 0, "not positive")
+        torch._assert_async(x[0, 0] < 9, "too large")
+        return x + 1
+
+    run = compiled(checked)
+    for rows in (3, 4):
+        torch.testing.assert_close(run(torch.ones(rows, 6)), torch.full((rows, 6), 2.0))
+        for x, message in ((-torch.ones(rows, 6), "not positive"), (torch.full((rows, 6), 9.0), "too large")):
+            with pytest.raises(RuntimeError, match=message):
+                run(x)
+
+
+CONVOLUTION = nn.Conv2d(3, 8, 4, stride=4)
+
+
+def attended(x: Tensor) -> tuple[Tensor, ...]:
+    return (torch.nn.functional.scaled_dot_product_attention(x, x, x),)
+
+
+def convolved(x: Tensor) -> tuple[Tensor, ...]:
+    y = CONVOLUTION(x)
+    return y, y.flatten(2).transpose(1, 2), y[0], y[:, :4]
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+@pytest.mark.parametrize(("function", "shape"), [(attended, (2, 3, 8, 16)), (convolved, (2, 3, 8, 12))])
+@torch.no_grad()
+def test_results_lie_as_in_eager_mode(function: Any, shape: tuple[int, ...], dynamic: bool) -> None:
+    """Dynamo traces what follows a graph break by the strides that eager mode gives; views still share memory."""
+    x = torch.randn(shape)
+    results, expected = torch.compile(function, backend="llmopt", dynamic=dynamic)(x), function(x)
+    torch.testing.assert_close(results, expected)
+    for mine, other in zip(results, expected, strict=True):
+        assert (mine.stride(), mine.storage_offset()) == (other.stride(), other.storage_offset())
+        assert mine.untyped_storage().data_ptr() == results[0].untyped_storage().data_ptr()
+    assert not [item for graph in REPORT.graphs for item in graph.fallbacks]
+
+
+@torch.no_grad()
+def test_results_that_lie_right_are_not_copied() -> None:
+    """One kernel computes the result and nothing follows it; two projections that are returned are two results."""
+    heads = nn.ModuleList([nn.Linear(6, 5), nn.Linear(6, 5)])
+    x = torch.randn(3, 6)
+    first, second = compiled(lambda x: (heads[0](x), heads[1](x)))(x)
+    assert first.is_contiguous() and second.is_contiguous()
+    assert sum(kernel.calls for kernel in REPORT.graphs[-1].kernels) == 2
+
+
+@torch.no_grad()
+def test_results_that_do_not_depend_on_the_arguments() -> None:
+    """They are computed when weights are bound, and yet the caller may write to them."""
+    model = Small()
+
+    def constants(x: Tensor) -> tuple[Tensor, ...]:
+        return x + 1, torch.arange(4) * 2, model.linear.weight.cos(), model.linear.weight.clone()
+
+    run, x = compiled(constants), torch.randn(3, 6)
+    for _ in range(2):
+        results = run(x)
+        torch.testing.assert_close(results, constants(x))
+        for result in results:
+            result.fill_(7)
+
+
+@torch.no_grad()
+def test_a_returned_part_of_an_argument_that_begins_inside_its_memory() -> None:
+    whole = torch.randn(6, 8)
+    run = torch.compile(lambda x: (x[1:], x.t()), backend="llmopt")
+    for mine, other in zip(run(whole[1:, 2:5]), (whole[2:, 2:5], whole[1:, 2:5].t()), strict=True):
+        assert torch.equal(mine, other) and mine.data_ptr() == other.data_ptr()
+
+
+@torch.no_grad()
 def test_outputs_are_fresh() -> None:
     """Neither the next call nor a write to an output changes an earlier output or a weight."""
     model = Small()

@@ -241,3 +241,8 @@ def test_an_unsupported_parameter_is_named() -> None:
 
     with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match=r"torch.complex64 of .*freqs_cis"):
         catch(Complex(), torch.randn(4))
+
+
+def test_a_function_without_arguments() -> None:
+    caught = catch(lambda: torch.tensor([1.0, 2.0]) + torch.tensor([3.0, 4.0]))
+    assert caught.run()[0].tolist() == [4.0, 6.0]

@@ -234,6 +234,19 @@ def test_compare_graphs_sees_imaginary_parts() -> None:
         compare_graphs(*graphs, [torch.randn(3, 4)], "some_pass", 1.0)
 
 
+def test_compare_graphs_holds_float64_to_its_own_precision() -> None:
+    x = torch.randn(3, 4, dtype=torch.float64)
+    graphs = [catch(f, x).graph for f in (lambda x: x * 2, lambda x: (x.float() * 2).double())]
+    with pytest.raises(VerificationError, match="times the tolerance"):
+        compare_graphs(*graphs, [x], "some_pass", 1.0)
+
+
+def test_sampled_masks_hide_some_places() -> None:
+    graph = catch(lambda x, m: x * m, torch.randn(5, 9), torch.ones(5, 9, dtype=torch.bool)).graph
+    mask = sample_inputs(graph)[1]
+    assert not mask.all() and (mask[:, 1:] | mask[:, :-1]).all() and mask[:, 0].all()
+
+
 def test_sampled_inputs_fit_their_placeholders() -> None:
     def model(table: Tensor, ids: Tensor, mask: Tensor) -> Tensor:
         return table[ids].masked_fill(~mask[..., None], 0.0)

@@ -53,6 +53,11 @@ def test_numbers_of_different_types_are_different() -> None:
     must_not_fire(EliminateCommon(), None, lambda x: [(x + 1) * 2, (x + 1.0) * 3], ints)
 
 
+def test_zeros_of_different_signs_are_different() -> None:
+    one_over = lambda x, zero: 1 / torch.full_like(x, zero)  # noqa: E731
+    must_not_fire(EliminateCommon(), None, lambda x: one_over(x, 0.0) - one_over(x, -0.0) + x, X)
+
+
 def test_results_that_the_caller_may_write_to_stay_apart() -> None:
     must_not_fire(EliminateCommon(), "the caller sees both", lambda x: (x.exp(), x.exp()), X)
 

@@ -35,6 +35,14 @@ def test_three_projections_become_one() -> None:
     assert ops_when_disabled(MergeLinears(), model, X).count("llmopt.linear") == 3
 
 
+def test_results_that_the_caller_sees_keep_memory_of_their_own() -> None:
+    class Seen(Projections):
+        def forward(self, x: Tensor) -> list[Tensor]:
+            return [self.q(x), self.k(x).view(-1, 4), self.v(x) - 1]
+
+    must_not_fire(MergeLinears(), "the caller sees its memory", randomise(Seen()), X)
+
+
 def test_a_symbolic_number_of_rows() -> None:
     result = rewrite(MergeLinears(), randomise(Projections()), X, marked=[(0, 0), (0, 1)])
     assert result.count("llmopt.linear") == 1

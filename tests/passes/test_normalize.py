@@ -64,7 +64,7 @@ NO_OPS: dict[str, Callable[[Tensor], Tensor]] = {
     "slice to the size": lambda x: x[0:3],
     "times one": lambda x: x * 1,
     "over one": lambda x: x / 1.0,
-    "plus zero": lambda x: x + 0,
+    "plus minus zero": lambda x: x + -0.0,
     "minus zero": lambda x: x - 0.0,
     "same view": lambda x: x.view(3, 4),
     "same reshape": lambda x: x.reshape(3, 4),
@@ -145,6 +145,13 @@ FRESH: dict[str, Callable[[Tensor], Any]] = {
     "two equal results": lambda x: (torch.cos(x), torch.cos(x)),
     "a clone beside its source": lambda x: ((y := torch.cos(x)), y.clone()),
     "a copying conversion": lambda x: x.to(torch.float32, copy=True),
+    "a diagonal of a clone": lambda x: x.clone().diagonal(),
+    "windows of a clone": lambda x: (x * 1).unfold(0, 2, 1),
+    "a clone as it lies": lambda x: x.clone().as_strided((2, 2), (1, 1)),
+    "a clone's bits": lambda x: x.clone().view(torch.int32),
+    "a clone through an op that promises a copy": lambda x: torch.einsum("ij->ji", x.clone()),
+    "an empty piece": lambda x: torch.cat([x, x[:, :0]], 1),
+    "diagonals of equal results": lambda x: (torch.cos(x).diagonal(), torch.cos(x).diagonal()),
 }
 
 
@@ -155,6 +162,31 @@ def test_results_alias_as_in_eager_mode(name: str) -> None:
     run_pipeline(caught.graph, BACKEND, Options())
     pointers = [t.data_ptr() for t in (*caught.run(), *caught.arguments)]
     assert len(set(pointers)) == len(pointers)
+
+
+def test_an_empty_piece_has_a_say_in_the_dtype() -> None:
+    result = rewrite(Normalize(), lambda x, y: torch.cat([x[:, :0], y], 1) * 2, X, X.bfloat16())
+    assert result.count("aten.cat") == 1
+
+
+def test_a_summand_of_zero_that_changes_the_sign_of_zero() -> None:
+    for function in (lambda x: x + 0, lambda x: x + 0.0, lambda x: x - -0.0):
+        must_not_fire(Normalize(), None, lambda x, f=function: torch.cos(f(torch.sin(x))), X)
+    integers = rewrite(Normalize(), lambda i: torch.cos((i * 2 + 0) * 3), torch.arange(5))
+    assert integers.targets() == ["aten.mul.Tensor", "aten.mul.Tensor", "aten.cos"]
+
+
+def test_a_factor_given_by_place() -> None:
+    caught = catch(lambda x: torch.ops.aten.add.Scalar(x, 2, 3), X)
+    run_pipeline(caught.graph, BACKEND, Options())
+    torch.testing.assert_close(caught.run(), [X + 6])
+
+
+def test_a_conversion_to_another_device_stays() -> None:
+    for function in (lambda x: x.to("meta"), lambda x: x.to("meta", torch.float64), lambda x: x.type_as(x.to("meta"))):
+        caught = catch(function, X)
+        run_pipeline(caught.graph, (Normalize(),), Options())
+        assert tensor(outputs(caught.graph)[0]).device.type == "meta"
 
 
 def test_an_old_value_survives_a_write() -> None:

@@ -36,6 +36,9 @@ FUNCTIONS: dict[str, Callable[[Tensor, Tensor], Any]] = {
     "made of two": lambda x, a: torch.view_as_real(torch.complex(a, a.cos()).unsqueeze(2) * pairs(x)),
     "times a real": lambda x, a: torch.view_as_real(a[:, :, None] * pairs(x) * 2.0),
     "conjugate": lambda x, a: torch.view_as_real((pairs(x).conj() * pairs(x)[..., :1, :]).transpose(1, 2)),
+    "beside a real": lambda x, a: torch.view_as_real(torch.cat([pairs(x), x[..., :8]], 1)),
+    "spread": lambda x, a: torch.view_as_real(torch.complex(a[..., :1], a[:1])),
+    "an angle spread": lambda x, a: torch.view_as_real(torch.polar(torch.ones(2, 7, 1), a[:1, :1])),
     "moved": lambda x, a: torch.view_as_real(torch.cat([pairs(x)[:, 1:], pairs(x)[:, :2]], 1).reshape(2, -1, 8)),
 }
 
