@@ -8,9 +8,10 @@ from typing import Any
 import sympy
 import torch
 
-from llmopt.compiler.graph import to_expr
+from llmopt.compiler.errors import VerificationError
+from llmopt.compiler.graph import may_equal, to_expr
 from llmopt.compiler.kv_formats import load_pages, row_bytes, store_rows
-from llmopt.compiler.opspec import Cost, Tolerance, nbytes, numel, register_op
+from llmopt.compiler.opspec import Cost, Tolerance, check_sizes, nbytes, numel, register_op
 
 Tensor = torch.Tensor
 
@@ -79,8 +80,24 @@ def _attention_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tup
         yield q, k, v, additive, False, scale, 0.0, 0, None, None
 
 
-def _attention_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((*q.shape[:3], v.shape[3]))
+def _check_heads(op: str, heads: Any, groups: Any, slopes: Tensor | None, sinks: Tensor | None) -> None:
+    if not may_equal(heads % groups, 0):
+        raise VerificationError(f"llmopt::{op}: {heads} heads do not share {groups} of keys and values evenly")
+    check_sizes(op, "alibi_slopes", slopes, (heads,))
+    check_sizes(op, "sinks", sinks, (heads,))
+
+
+def _attention_fake(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, *rest: Any) -> Tensor:
+    batch, queries, heads, width = q.shape
+    keys, groups = k.shape[1:3]
+    check_sizes("attention", "k", k, (batch, keys, groups, width))
+    check_sizes("attention", "v", v, (batch, keys, groups, v.shape[-1]))
+    _check_heads("attention", heads, groups, *rest[-2:])
+    if mask is not None:
+        scores = (batch, heads, queries, keys)[4 - min(mask.ndim, 4) :]
+        seen = [size if not may_equal(given, 1) else 1 for given, size in zip(mask.shape, scores, strict=False)]
+        check_sizes("attention", "mask", mask, seen)
+    return q.new_empty((batch, queries, heads, v.shape[3]))
 
 
 @register_op(
@@ -201,8 +218,22 @@ def _paged_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[A
         )
 
 
-def _paged_fake(q: Tensor, k: Tensor, v: Tensor, *_: Any) -> Tensor:
-    return q.new_empty((*q.shape[:-1], v.shape[-1]))
+def _paged_fake(q: Tensor, k: Tensor, v: Tensor, k_cache: Tensor, v_cache: Tensor, *rest: Any) -> Tensor:
+    slots, tables, starts, lengths, _, _, _, slopes, sinks, *kv_dtype = rest
+    tokens, heads, width = q.shape[-3:]
+    groups, value_width = k.shape[-2], v.shape[-1]
+    check_sizes("paged_attention", "q", q, (1, tokens, heads, width))
+    check_sizes("paged_attention", "k", k, (1, tokens, groups, width))
+    check_sizes("paged_attention", "v", v, (1, tokens, groups, value_width))
+    _check_heads("paged_attention", heads, groups, slopes, sinks)
+    blocks, _, block_size, _ = k_cache.shape
+    if not kv_dtype or kv_dtype[0] == "auto":
+        check_sizes("paged_attention", "k_cache", k_cache, (blocks, groups, block_size, width))
+        check_sizes("paged_attention", "v_cache", v_cache, (blocks, groups, block_size, value_width))
+    check_sizes("paged_attention", "slot_mapping", slots, (tokens,))
+    check_sizes("paged_attention", "cu_seqlens_q", starts, (lengths.shape[0] + 1,))
+    check_sizes("paged_attention", "block_tables", tables, (lengths.shape[0], tables.shape[-1]))
+    return q.new_empty((*q.shape[:-1], value_width))
 
 
 @register_op(

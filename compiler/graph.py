@@ -17,7 +17,7 @@ from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.node import Node
 
-from llmopt.compiler.errors import UnsupportedError
+from llmopt.compiler.errors import UnsupportedError, VerificationError
 
 aten = torch.ops.aten
 
@@ -87,6 +87,12 @@ def same_size(a: Any, b: Any) -> bool:
 def same_shape(a: Sequence[Any], b: Sequence[Any]) -> bool:
     """Whether two shapes are equal for every value of their symbols."""
     return len(a) == len(b) and all(same_size(x, y) for x, y in zip(a, b, strict=True))
+
+
+def may_equal(a: Any, b: Any) -> bool:
+    """Whether two sizes are equal at the sizes that the graph was captured with; true where these are not known."""
+    hints = [size.node.hint if isinstance(size, torch.SymInt) else size for size in (a, b)]
+    return None in hints or bool(hints[0] == hints[1])
 
 
 def view_base(node: Node) -> Node:
@@ -169,7 +175,13 @@ class Rewriter:
             return self.call(aten.view.default, dense, list(sizes))
 
     def replace(self, node: Node, by: Node) -> None:
-        """Every user of `node` reads `by` from now on; `node` and what only it needed is erased."""
+        """Every user of `node` reads `by` from now on; `node` and what only it needed is erased.
+
+        Raises VerificationError, with the graph as it was, where `by` is of another dtype, device or shape.
+        """
+        if not _stands_for(node.meta.get("val"), by.meta.get("val")):
+            old, new = (_type_and_device(n.meta.get("val")) for n in (node, by))
+            raise VerificationError(f"{node.name} ({node.target}) would change from {old} to {new}")
         node.replace_all_uses_with(by)
         self.erase(node)
 
@@ -258,6 +270,15 @@ def _alike(old: Any, new: Any) -> bool:
     return all(_size_or_self(a) == _size_or_self(b) for a, b in pairs)
 
 
+def _stands_for(old: Any, new: Any) -> bool:
+    """Whether users of a value may read the other: a tensor of the same dtype, device and shape."""
+    if not isinstance(old, torch.Tensor) or not isinstance(new, torch.Tensor):
+        return isinstance(old, torch.Tensor) == isinstance(new, torch.Tensor)
+    # Sizes at capture: two expressions of one size need not be proved equal by every rewrite.
+    alike = old.ndim == new.ndim and all(map(may_equal, old.shape, new.shape))
+    return alike and old.dtype == new.dtype and old.device == new.device
+
+
 def _size_or_self(value: Any) -> Any:
     return value.node.expr if isinstance(value, torch.SymInt | torch.SymFloat | torch.SymBool) else value
 
@@ -303,6 +324,11 @@ def _type_text(val: Any) -> str:
     if isinstance(val, list | tuple):
         return "(" + ", ".join(_type_text(v) for v in val) + ")"
     return type(val).__name__
+
+
+def _type_and_device(val: Any) -> str:
+    device = f" on {val.device}" if isinstance(val, torch.Tensor) else ""
+    return f"{_type_text(val)}{device}"
 
 
 def _arg_text(arg: Any) -> str:

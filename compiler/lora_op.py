@@ -9,10 +9,17 @@ import sympy
 import torch
 
 from llmopt.compiler.graph import to_expr
-from llmopt.compiler.opspec import SUM_ORDER, Cost, nbytes, numel, register_op
+from llmopt.compiler.opspec import SUM_ORDER, Cost, check_sizes, nbytes, numel, register_op
 from llmopt.compiler.step import LoraSpec, LoraTarget
 
 Tensor = torch.Tensor
+
+
+def _fake(y: Tensor, x: Tensor, pool: Tensor, ranks: Tensor, scales: Tensor, adapter_index: Tensor, *_: Any) -> Tensor:
+    check_sizes("lora", "x", x, (*y.shape[:-1], x.shape[-1]))
+    check_sizes("lora", "ranks", ranks, (ranks.shape[0], pool.shape[0]))
+    check_sizes("lora", "scales", scales, ranks.shape)
+    return y.new_empty(y.shape)
 
 
 def _cost(y: Tensor, x: Tensor, pool: Tensor, *more: Any) -> Cost:
@@ -58,7 +65,7 @@ def _samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ..
 @register_op(
     "lora(Tensor y, Tensor x, Tensor pool, Tensor ranks, Tensor scales, Tensor adapter_index, int max_rank, "
     "int[] targets, int[] columns, int[] sizes, int[] offsets) -> Tensor",
-    fake=lambda y, *_: y.new_empty(y.shape),
+    fake=_fake,
     cost=_cost,
     samples=_samples,
     tolerances=SUM_ORDER,

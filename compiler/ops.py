@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 
 from llmopt.compiler.graph import to_expr
-from llmopt.compiler.opspec import SUM_ORDER, Cost, Tolerance, nbytes, numel, register_op
+from llmopt.compiler.opspec import SUM_ORDER, Cost, Tolerance, check_sizes, nbytes, numel, register_op
 
 Tensor = torch.Tensor
 
@@ -41,6 +41,9 @@ def _randn(rng: torch.Generator, dtype: torch.dtype, *shape: int, scale: float =
 
 
 def _linear_fake(x: Tensor, weights: Sequence[Tensor], biases: Sequence[Tensor | None]) -> Tensor:
+    for weight, bias in zip(weights, biases, strict=True):
+        check_sizes("linear", "a weight", weight, (weight.shape[0], x.shape[-1]))
+        check_sizes("linear", "a bias", bias, weight.shape[:1])
     return x.new_empty((*x.shape[:-1], sum(w.shape[0] for w in weights)))
 
 
@@ -81,6 +84,11 @@ def _batch(x: Tensor, weight: Tensor) -> Sequence[int]:
     return torch.broadcast_shapes(x.shape[:-2], weight.shape[:-2])
 
 
+def _batched_linear_fake(x: Tensor, weight: Tensor) -> Tensor:
+    check_sizes("batched_linear", "weight", weight, (*weight.shape[:-1], x.shape[-1]))
+    return x.new_empty((*_batch(x, weight), x.shape[-2], weight.shape[-2]))
+
+
 def _batched_linear_cost(x: Tensor, weight: Tensor) -> Cost:
     rows = sympy.prod(map(to_expr, (*_batch(x, weight), x.shape[-2])))
     n, k = map(to_expr, weight.shape[-2:])
@@ -100,7 +108,7 @@ def _batched_linear_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterato
 
 @register_op(
     "batched_linear(Tensor x, Tensor weight) -> Tensor",
-    fake=lambda x, weight: x.new_empty((*_batch(x, weight), x.shape[-2], weight.shape[-2])),
+    fake=_batched_linear_fake,
     cost=_batched_linear_cost,
     samples=_batched_linear_samples,
     tolerances=SUM_ORDER,
@@ -114,6 +122,12 @@ def batched_linear(x: Tensor, weight: Tensor) -> Tensor:
 
 
 # ---- grouped linear ------------------------------------------------------------------------------------------------
+
+
+def _grouped_linear_fake(x: Tensor, weights: Tensor, ends: Tensor) -> Tensor:
+    check_sizes("grouped_linear", "weights", weights, (*weights.shape[:2], x.shape[-1]))
+    check_sizes("grouped_linear", "ends", ends, weights.shape[:1])
+    return x.new_empty((x.shape[0], weights.shape[1]))
 
 
 def _grouped_linear_cost(x: Tensor, weights: Tensor, ends: Tensor) -> Cost:
@@ -134,7 +148,7 @@ def _grouped_linear_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterato
 
 @register_op(
     "grouped_linear(Tensor x, Tensor weights, Tensor ends) -> Tensor",
-    fake=lambda x, weights, ends: x.new_empty((x.shape[0], weights.shape[1])),
+    fake=_grouped_linear_fake,
     cost=_grouped_linear_cost,
     samples=_grouped_linear_samples,
     tolerances=SUM_ORDER,
@@ -169,6 +183,17 @@ def _rms_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any
         yield x, None, 1e-6, 0.0, False
 
 
+def _check_norm(op: str, x: Tensor, vectors: dict[str, Tensor | None], residual: Tensor | None = None) -> None:
+    check_sizes(op, "residual", residual, x.shape)
+    for name, vector in vectors.items():
+        check_sizes(op, name, vector, x.shape[-1:])
+
+
+def _rms_norm_fake(x: Tensor, weight: Tensor | None, *_: Any) -> Tensor:
+    _check_norm("rms_norm", x, {"weight": weight})
+    return x.new_empty(x.shape)
+
+
 def _norm_cost(x: Tensor, weight: Tensor | None, *rest: Any) -> Cost:
     bias = rest[0] if isinstance(rest[0], Tensor) else None
     return Cost(4 * numel(x), nbytes(x, weight, bias), nbytes(x))
@@ -176,7 +201,7 @@ def _norm_cost(x: Tensor, weight: Tensor | None, *rest: Any) -> Cost:
 
 @register_op(
     "rms_norm(Tensor x, Tensor? weight, float eps, float weight_offset, bool cast_first) -> Tensor",
-    fake=lambda x, *_: x.new_empty(x.shape),
+    fake=_rms_norm_fake,
     cost=_norm_cost,
     samples=_rms_samples,
     tolerances=_FEWER_ROUNDINGS,
@@ -202,7 +227,8 @@ def _add_rms_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple
         yield x, residual, weight, 1e-5, 1.0, False
 
 
-def _add_norm_fake(x: Tensor, *_: Any) -> tuple[Tensor, Tensor]:
+def _add_rms_norm_fake(x: Tensor, residual: Tensor, weight: Tensor | None, *_: Any) -> tuple[Tensor, Tensor]:
+    _check_norm("add_rms_norm", x, {"weight": weight}, residual)
     return x.new_empty(x.shape), x.new_empty(x.shape)
 
 
@@ -214,7 +240,7 @@ def _add_norm_cost(x: Tensor, residual: Tensor, weight: Tensor | None, *rest: An
 @register_op(
     "add_rms_norm(Tensor x, Tensor residual, Tensor? weight, float eps, float weight_offset, bool cast_first)"
     " -> (Tensor, Tensor)",
-    fake=_add_norm_fake,
+    fake=_add_rms_norm_fake,
     cost=_add_norm_cost,
     samples=_add_rms_samples,
     tolerances=_FEWER_ROUNDINGS,
@@ -227,6 +253,11 @@ def add_rms_norm(
     return rms_norm(total, weight, eps, weight_offset, cast_first), total
 
 
+def _layer_norm_fake(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float) -> Tensor:
+    _check_norm("layer_norm", x, {"weight": weight, "bias": bias})
+    return x.new_empty(x.shape)
+
+
 def _layer_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for x, _, weight in _norm_samples(dtype, rng):
         yield x, weight, _randn(rng, dtype, weight.shape[0]), 1e-5
@@ -235,7 +266,7 @@ def _layer_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[A
 
 @register_op(
     "layer_norm(Tensor x, Tensor? weight, Tensor? bias, float eps) -> Tensor",
-    fake=lambda x, *_: x.new_empty(x.shape),
+    fake=_layer_norm_fake,
     cost=_norm_cost,
     samples=_layer_samples,
     tolerances={
@@ -248,6 +279,13 @@ def layer_norm(x: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
     return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
 
 
+def _add_layer_norm_fake(
+    x: Tensor, residual: Tensor, weight: Tensor | None, bias: Tensor | None, eps: float
+) -> tuple[Tensor, Tensor]:
+    _check_norm("add_layer_norm", x, {"weight": weight, "bias": bias}, residual)
+    return x.new_empty(x.shape), x.new_empty(x.shape)
+
+
 def _add_layer_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for x, residual, weight in _norm_samples(dtype, rng):
         yield x, residual, weight, _randn(rng, dtype, weight.shape[0]), 1e-5
@@ -255,7 +293,7 @@ def _add_layer_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tup
 
 @register_op(
     "add_layer_norm(Tensor x, Tensor residual, Tensor? weight, Tensor? bias, float eps) -> (Tensor, Tensor)",
-    fake=_add_norm_fake,
+    fake=_add_layer_norm_fake,
     cost=_add_norm_cost,
     samples=_add_layer_samples,
     tolerances=_FEWER_ROUNDINGS,
@@ -271,6 +309,11 @@ def add_layer_norm(
 # ---- feed-forward --------------------------------------------------------------------------------------------------
 
 
+def _gated_fake(gate: Tensor, up: Tensor, act: str) -> Tensor:
+    check_sizes("gated_act", "up", up, gate.shape)
+    return gate.new_empty(gate.shape)
+
+
 def _gated_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for rows, cols in [(1, 7), (5, 64), (3, 130)]:
         for act in ACTIVATIONS:
@@ -281,7 +324,7 @@ def _gated_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[A
 
 @register_op(
     "gated_act(Tensor gate, Tensor up, str act) -> Tensor",
-    fake=lambda gate, up, act: gate.new_empty(gate.shape),
+    fake=_gated_fake,
     cost=lambda gate, up, act: Cost(8 * numel(gate), nbytes(gate, up), nbytes(gate)),
     samples=_gated_samples,
     tolerances=_FEWER_ROUNDINGS,
@@ -289,6 +332,16 @@ def _gated_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[A
 def gated_act(gate: Tensor, up: Tensor, act: str) -> Tensor:
     """`act(gate) * up`, elementwise over `[..., I]`; act is one of ACTIVATIONS (GLU variants, Shazeer 2020)."""
     return ACTIVATIONS[act](gate) * up
+
+
+def _moe_fake(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str) -> Tensor:
+    rows, hidden = x.shape
+    experts, inner = gate_up.shape[0], down.shape[2]
+    check_sizes("moe", "expert_ids", ids, (rows, ids.shape[-1]))
+    check_sizes("moe", "expert_weights", weights, ids.shape)
+    check_sizes("moe", "gate_up", gate_up, (experts, 2 * inner, hidden))
+    check_sizes("moe", "down", down, (experts, hidden, inner))
+    return x.new_empty(x.shape)
 
 
 def _moe_cost(x: Tensor, ids: Tensor, weights: Tensor, gate_up: Tensor, down: Tensor, act: str) -> Cost:
@@ -310,7 +363,7 @@ def _moe_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any
 
 @register_op(
     "moe(Tensor x, Tensor expert_ids, Tensor expert_weights, Tensor gate_up, Tensor down, str act) -> Tensor",
-    fake=lambda x, *_: x.new_empty(x.shape),
+    fake=_moe_fake,
     cost=_moe_cost,
     samples=_moe_samples,
     tolerances={**SUM_ORDER, **_FEWER_ROUNDINGS},
@@ -335,6 +388,13 @@ def moe(x: Tensor, expert_ids: Tensor, expert_weights: Tensor, gate_up: Tensor, 
 # ---- position ------------------------------------------------------------------------------------------------------
 
 
+def _rope_fake(x: Tensor, cos: Tensor, sin: Tensor, interleaved: bool) -> Tensor:
+    batch, tokens = x.shape[:2]
+    check_sizes("rope", "cos", cos, (1 if cos.shape[0] == 1 else batch, tokens, cos.shape[-1]))
+    check_sizes("rope", "sin", sin, cos.shape)
+    return x.new_empty(x.shape)
+
+
 def _rope_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[Any, ...]]:
     for tokens, heads, size, rotary in [(1, 1, 8, 8), (7, 3, 16, 16), (5, 2, 20, 12)]:
         angle = torch.rand(1, tokens, rotary // 2, generator=rng) * 6
@@ -347,7 +407,7 @@ def _rope_samples(dtype: torch.dtype, rng: torch.Generator) -> Iterator[tuple[An
 
 @register_op(
     "rope(Tensor x, Tensor cos, Tensor sin, bool interleaved) -> Tensor",
-    fake=lambda x, *_: x.new_empty(x.shape),
+    fake=_rope_fake,
     cost=lambda x, cos, sin, interleaved: Cost(3 * numel(x), nbytes(x, cos, sin), nbytes(x)),
     samples=_rope_samples,
     tolerances={

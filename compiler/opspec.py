@@ -6,15 +6,15 @@ device, so an op without a kernel still works.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import sympy
 import torch
 
-from llmopt.compiler.errors import InputError
-from llmopt.compiler.graph import to_expr
+from llmopt.compiler.errors import InputError, VerificationError
+from llmopt.compiler.graph import may_equal, to_expr
 
 LIBRARY = torch.library.Library("llmopt", "DEF")
 
@@ -108,6 +108,7 @@ def register_op(
 ) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
     """Declares `llmopt::<schema>` with the decorated function as its reference; `fake` gives shapes and dtypes.
 
+    `fake` raises VerificationError for operands whose sizes do not fit one another (`check_sizes`).
     The other arguments are the fields of `OpSpec`. Raises InputError for a name that is taken.
     """
     name = schema.partition("(")[0].strip()
@@ -129,6 +130,18 @@ def spec_of(target: object) -> OpSpec | None:
     """The OpSpec of a graph node's target, or None if it is not an llmopt op."""
     name = str(target)
     return OPS.get(name.split(".")[1]) if name.startswith("llmopt.") else None
+
+
+def check_sizes(op: str, operand: str, given: torch.Tensor | None, expected: Sequence[Any]) -> None:
+    """Raises VerificationError where an operand has not the sizes that its op asks for; None is no operand.
+
+    For the `fake` of an op, through which every call in a graph goes: a kernel reads as far as the other operands say,
+    so what eager mode would broadcast ends in memory of somebody else.
+    """
+    if given is None:
+        return
+    if given.ndim != len(expected) or not all(map(may_equal, given.shape, expected)):
+        raise VerificationError(f"llmopt::{op}: {operand} is {list(given.shape)}, not {list(expected)}")
 
 
 def numel(tensor: torch.Tensor) -> sympy.Expr:

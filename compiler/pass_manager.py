@@ -30,7 +30,8 @@ class PassReport:
     """What one pass did: rewrites, near misses by reason, and seconds.
 
     max_error: the largest error that verify mode measured, in multiples of the dtype's tolerance; `budget` limits it.
-    reverted: why revert mode undid rewrites of this pass, None if it did not; `matched` counts those that stayed.
+    reverted: why revert mode undid rewrites of this pass, or why it stopped at an invalid one; None if it did neither.
+        `matched` counts those that stayed.
     graph: the printed graph behind the pass, where `Options.record_graphs` asks for it.
     """
 
@@ -140,7 +141,7 @@ def _run_pass(item: Pass, graph: fx.Graph, context: PassContext, level: Level) -
         report = _run_revertible(item, graph, context, level, inputs)
     else:
         before = copy_graph(graph) if checked else None
-        report = item.run(graph, context)
+        report = _run_or_stop(item, graph, context)
         report.seconds = time.perf_counter() - start
         graph.lint()
         check_graph(graph, level, item.name)
@@ -149,6 +150,26 @@ def _run_pass(item: Pass, graph: fx.Graph, context: PassContext, level: Level) -
     report.seconds = report.seconds or time.perf_counter() - start
     report.budget = item.budget if checked else None
     return report
+
+
+def _run_or_stop(item: Pass, graph: fx.Graph, context: PassContext) -> PassReport:
+    """Runs a pass, which stops at a rewrite that would change a value's type or give an op operands that do not fit.
+
+    What it rewrote before stays, since every rewrite leaves a valid graph. A required pass must do all of its work, so
+    the graph is refused then; verify mode is there to find such passes, and raises.
+    """
+    used = context.used
+    try:
+        return item.run(graph, context)
+    except VerificationError as error:
+        if context.options.verify:
+            raise VerificationError(f"{item.name}: {error}") from error
+        if item.required:
+            raise UnsupportedError(f"{item.name}: {error}") from error
+        log.warning("%s stops: %s", item.name, error)
+        graph.eliminate_dead_code()
+        made = max(0, context.used - used - 1)
+        return PassReport(item.name, matched=made, reverted=f"stopped at rewrite {made + 1}: {error}")
 
 
 def _run_revertible(

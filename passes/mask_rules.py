@@ -44,11 +44,13 @@ class Mask:
     """One term on the scores: additive, or boolean where true may attend, or where true `hides` a key.
 
     flat: the scores that it broadcasts to are `[B * H, S, L]`, not `[B, H, S, L]`.
+    finite: hidden keys get a low number, not -inf, so that a query which sees none gives the mean of all values.
     """
 
     node: Node
     hides: bool = False
     flat: bool = False
+    finite: bool = False
 
 
 @dataclass(frozen=True)

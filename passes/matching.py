@@ -43,11 +43,24 @@ def constant_entry(node: Node) -> bool | int | float | None:
     return None if isinstance(number, Node) else number
 
 
-def strip_casts(node: Node) -> Node:
-    """Walks up dtype conversions."""
+def before_widening(node: Node) -> Node:
+    """Walks up dtype conversions that lose nothing: from a floating type to a wider one, on one device."""
     while is_op(node, CAST):
+        wide, narrow = tensor(node), tensor(node.args[0])
+        floating = wide.is_floating_point() and narrow.is_floating_point()
+        if not floating or narrow.itemsize >= wide.itemsize or narrow.device != wide.device:
+            break
         node = node.args[0]
     return node
+
+
+def is_as_precise(node: Node, dtype: torch.dtype) -> bool:
+    """Whether a value is of a floating type that rounds no more coarsely than `dtype`.
+
+    Where results are rounded to `dtype` anyway, an op may keep such a value in float32.
+    """
+    own = tensor(node).dtype
+    return own.is_floating_point and torch.finfo(own).eps <= torch.finfo(dtype).eps
 
 
 def only_user(node: Node) -> Node | None:
@@ -55,9 +68,9 @@ def only_user(node: Node) -> Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def through_casts(node: Node) -> Node:
-    """Walks down while the only user is a dtype conversion."""
-    while (user := only_user(node)) is not None and is_op(user, CAST):
+def through_casts(node: Node, dtype: torch.dtype) -> Node:
+    """Walks down while the only user is a conversion to a type at least as precise as `dtype`."""
+    while (user := only_user(node)) is not None and is_op(user, CAST) and is_as_precise(user, dtype):
         node = user
     return node
 

@@ -9,7 +9,7 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, nodes_of, placeholders, tensor
+from llmopt.compiler.graph import Rewriter, aten, is_op, nodes_of, placeholders, same_size, tensor
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.matching import depends_only_on
@@ -45,6 +45,10 @@ class RaiseLinear(Pass):
             if tensor(weight).ndim != 2 or tensor(x).ndim < 2:
                 report.skipped["operands are not matrices"] += 1
                 continue
+            outputs = tensor(weight).shape[1 if is_transposed else 0]
+            if bias is not None and (tensor(bias).ndim != 1 or not same_size(tensor(bias).shape[0], outputs)):
+                report.skipped["the bias has not one number for each output"] += 1
+                continue
             if not context.burn():
                 break
             with rewriter.before(node):
@@ -68,6 +72,4 @@ def _operands(node: Node) -> tuple[Node, Node, Node | None, bool] | str:
         return args[0], args[1], None, True
     if node.kwargs.get("beta", 1) != 1 or node.kwargs.get("alpha", 1) != 1:
         return "addmm with alpha or beta"
-    if not is_tensor(args[0]) or tensor(args[0]).ndim != 1:
-        return "addmm with a bias that is no vector"
     return args[1], args[2], args[0], True

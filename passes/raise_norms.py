@@ -9,10 +9,10 @@ import torch
 from torch import fx
 from torch.fx.node import Node
 
-from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, nodes_of, tensor
+from llmopt.compiler.graph import Rewriter, aten, is_op, is_tensor, nodes_of, same_size, tensor
 from llmopt.compiler.pass_manager import Pass, PassContext, PassReport
 from llmopt.compiler.vocabulary import llmopt_ops
-from llmopt.passes.matching import CAST, is_number, only_user, other, strip_casts
+from llmopt.passes.matching import CAST, before_widening, is_number, only_user, other
 
 
 @dataclass(frozen=True)
@@ -86,7 +86,7 @@ class RaiseNorms(Pass):
 def match_rms_norm(root: Node) -> _RmsMatch | str | None:
     """The normalisation around one root of a mean, or why it is none; None for a root of something else altogether."""
     shifted: Any = root.args[0]
-    mean, eps = (*shifted.args, None)[:2] if is_op(shifted, aten.add.Tensor) else (None, None)
+    mean, eps = (*shifted.args, None)[:2] if _is_plain_sum(shifted) else (None, None)
     if not is_number(eps) or not is_op(mean, aten.mean.dim):
         return "rsqrt of something that is not mean(x^2) + eps" if is_op(root, aten.rsqrt.default) else None
     power, dims, *keep = mean.args
@@ -103,10 +103,10 @@ def match_rms_norm(root: Node) -> _RmsMatch | str | None:
     # T5 multiplies x as it came, which is converted within the product.
     if product is None or factor is None or not (factor is wide or (is_op(wide, CAST) and factor is wide.args[0])):
         return "x is not multiplied by the root"
-    if tensor(wide).dtype != torch.float32 or tensor(product).dtype != torch.float32:
+    if any(tensor(n).dtype != torch.float32 for n in (wide, mean, product)):
         return "statistics are not in float32"
     centred = _less_its_mean(wide)
-    x = strip_casts(centred if centred is not None else wide)
+    x = before_widening(centred if centred is not None else wide)
     match = _with_weight(product, x, tensor(x).dtype, float(eps))
     if centred is None or isinstance(match, str):
         return match
@@ -133,6 +133,8 @@ def _less_its_mean(node: Node) -> Node | None:
     y, mean = node.args[:2]
     if not is_op(mean, aten.mean.dim) or mean.args[0] is not y or mean.args[2:3] != (True,):
         return None
+    if tensor(mean).dtype != tensor(y).dtype:
+        return None
     return y if [d % tensor(y).ndim for d in mean.args[1]] == [tensor(y).ndim - 1] else None
 
 
@@ -144,9 +146,9 @@ def _with_weight(product: Node, x: Node, dtype: torch.dtype, eps: float) -> _Rms
         last, cast_first = user, True
         user = only_user(last)
     weight = other(user, last) if user is not None and is_op(user, aten.mul.Tensor) else None
-    if user is not None and is_tensor(weight) and tensor(weight).ndim == 1:
+    if user is not None and _is_weight(weight, x):
         offset, weight = _offset(weight)
-        weight = strip_casts(weight)
+        weight = before_widening(weight)
         if tensor(user).dtype == dtype:
             return _RmsMatch(user, x, weight, eps, offset, cast_first or dtype == torch.float32)
         back = only_user(user)
@@ -158,10 +160,23 @@ def _with_weight(product: Node, x: Node, dtype: torch.dtype, eps: float) -> _Rms
     return _RmsMatch(last, x, None, eps, 0.0, False)
 
 
+def _is_weight(factor: Any, x: Node) -> bool:
+    """Whether a factor has one number for each entry of x's last dimension; what else broadcasts is no weight."""
+    if not is_tensor(factor) or tensor(factor).ndim != 1:
+        return False
+    return same_size(tensor(factor).shape[0], tensor(x).shape[-1])
+
+
+def _is_plain_sum(node: Any) -> bool:
+    return is_op(node, aten.add.Tensor) and node.kwargs.get("alpha", 1) == 1
+
+
 def _offset(weight: Node) -> tuple[float, Node]:
-    """(c, w) of `w + c`, else (0, weight)."""
-    if is_op(weight, aten.add.Tensor):
+    """(c, w) of `w + c` with a vector w of numbers, else (0, weight)."""
+    if _is_plain_sum(weight):
         a, b = weight.args[:2]
+        if any(is_tensor(t) and tensor(t).dtype != tensor(weight).dtype for t in (a, b)):
+            return 0.0, weight
         if is_number(b) and isinstance(a, Node):
             return float(b), a
         if is_number(a) and isinstance(b, Node):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections.abc import Callable
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from graphs.capturing import catch
 from graphs.causal_models import TinyCausal, traced
 from torch import Tensor
 
+from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.graph import (
     Rewriter,
     aten,
@@ -68,6 +70,31 @@ def test_replace_erases_what_only_the_old_node_needed() -> None:
     assert placeholders(graph) == [x, y]  # inputs stay, used or not
     rewriter.erase(new)  # still used by the output
     assert outputs(graph) == [new]
+
+
+@pytest.mark.parametrize(
+    ("other", "text"),
+    [
+        (lambda x: x.double(), r"cos \(aten.cos.default\) would change from f32\[4\] on cpu to f64\[4\] on cpu"),
+        (lambda x: x.to("meta"), r"to f32\[4\] on meta"),
+        (lambda x: x[:1], r"to f32\[1\] on cpu"),
+        (lambda x: x[None], r"to f32\[1, 4\] on cpu"),
+    ],
+)
+def test_replace_refuses_a_value_of_another_type(other: Callable[[Tensor], Tensor], text: str) -> None:
+    graph = catch(lambda x: (torch.cos(x), other(x)), torch.randn(4)).graph
+    before, (cos, by) = graph_text(graph), outputs(graph)
+    with pytest.raises(VerificationError, match=text):
+        Rewriter(graph).replace(cos, by)
+    assert graph_text(graph) == before
+
+
+def test_replace_takes_sizes_that_are_written_otherwise() -> None:
+    graph = catch(lambda x: (x.cos(), x[: x.shape[0] // 2 * 2].sin()), torch.randn(4, 3), marked=[(0, 0)]).graph
+    cos, sin = outputs(graph)
+    assert not same_shape(tensor(cos).shape, tensor(sin).shape)
+    Rewriter(graph).replace(cos, sin)
+    assert outputs(graph) == [sin, sin]
 
 
 def test_view_base_walks_up_to_the_memory() -> None:

@@ -13,9 +13,11 @@ import torch
 from graphs.one_op import run_compiled
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.symbolic_shapes import DimDynamic, ShapeEnv, StatelessSymbolicContext
+from torch.utils import _pytree as pytree
 from torch.utils.flop_counter import FlopCounterMode
 
 import llmopt.compiler.vocabulary  # noqa: F401
+from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.opspec import OPS, Cost, OpSpec, spec_of
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16)
@@ -33,6 +35,53 @@ def test_schema_and_fake_implementation(name: str, dtype: torch.dtype) -> None:
     # The checks look at types and memory, not at numbers: every sample in one dtype, two in the others.
     for sample in itertools.islice(samples(spec, dtype), None if dtype == torch.float32 else 2):
         torch.library.opcheck(spec.overload, copy.deepcopy(sample), test_utils=("test_schema", "test_faketensor"))
+
+
+# Operands that eager mode would broadcast, or that a kernel reads beyond: op -> (argument, dimension that is cut).
+CUT = {
+    "add_layer_norm": [(1, -1), (2, 0), (3, 0)],
+    "add_rms_norm": [(1, -1), (2, 0)],
+    "attention": [(1, 1), (1, -1), (2, 1)],
+    "batched_linear": [(1, -1)],
+    "gated_act": [(1, -1)],
+    "grouped_linear": [(1, -1), (2, 0)],
+    "layer_norm": [(1, 0), (2, 0)],
+    "linear": [(1, -1), (2, 0)],
+    "lora": [(1, 1), (3, 1), (4, 1)],
+    "moe": [(1, 0), (2, 1), (3, 1), (4, 1)],
+    "paged_attention": [(1, 1), (1, -1), (2, 1), (3, 1), (4, -1), (5, 0), (7, 0)],
+    "rms_norm": [(1, 0)],
+    "rope": [(1, 1), (2, -1)],
+}
+
+
+@pytest.mark.parametrize(("name", "place", "dim"), [(name, *cut) for name, cuts in CUT.items() for cut in cuts])
+def test_operands_that_do_not_fit_are_refused(name: str, place: int, dim: int) -> None:
+    def cut(operand: Any) -> Any:
+        return [cut(operand[0]), *operand[1:]] if isinstance(operand, list) else operand.narrow(dim, 0, 1)
+
+    first = lambda operand: operand[0] if isinstance(operand, list) else operand  # noqa: E731
+    given = (s for s in samples(OPS[name], torch.float32) if first(s[place]) is not None)
+    sample = list(next(s for s in given if first(s[place]).shape[dim] > 1))
+    with FakeTensorMode() as mode:
+        fake = lambda value: mode.from_tensor(value) if isinstance(value, torch.Tensor) else value  # noqa: E731
+        sample = pytree.tree_map(fake, sample)
+        OPS[name].overload(*sample)
+        sample[place] = cut(sample[place])
+        with pytest.raises(VerificationError, match=rf"llmopt::{name}: .* is \[.*\], not \["):
+            OPS[name].overload(*sample)
+
+
+@pytest.mark.parametrize("shape", [(2, 1, 1, 1), (3, 1, 1), (1, 5, 1), (4,), (1, 1, 1, 1, 1)])
+def test_a_mask_that_does_not_broadcast_is_refused(shape: tuple[int, ...]) -> None:
+    with FakeTensorMode():
+        q, k = torch.randn(1, 3, 4, 8), torch.randn(1, 5, 2, 8)
+        options = (False, 1.0, 0.0, 0, None, None)
+        assert OPS["attention"].overload(q, k, k, torch.randn(4, 1, 5), *options).shape == q.shape
+        with pytest.raises(VerificationError, match="llmopt::attention: mask"):
+            OPS["attention"].overload(q, k, k, torch.randn(shape), *options)
+        with pytest.raises(VerificationError, match="4 heads do not share 3"):
+            OPS["attention"].overload(q, torch.randn(1, 5, 3, 8), torch.randn(1, 5, 3, 8), None, *options)
 
 
 def test_constant_is_known_to_fake_tensors() -> None:

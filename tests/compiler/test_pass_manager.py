@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass
 
 import pytest
@@ -9,7 +10,7 @@ import torch
 from graphs.capturing import catch, randomise
 from torch import Tensor, fx, nn
 
-from llmopt.compiler.errors import OptionError, VerificationError
+from llmopt.compiler.errors import OptionError, UnsupportedError, VerificationError
 from llmopt.compiler.graph import Rewriter, aten, graph_text, nodes_of
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import ALL_PASS_NAMES, Pass, PassContext, PassReport, run_pipeline
@@ -244,6 +245,46 @@ def test_a_pass_that_breaks_the_graph_is_undone_as_a_whole() -> None:
     assert graph_text(graph) == before
     text = report_text(0, GraphReport("backend", ["x"], [report]))
     assert "undone: after loses_values_for_test" in text
+
+
+@dataclass(frozen=True)
+class Widens(Pass):
+    """Before: `cos(x)`. After: `sin(x)` once, then `sin(x)` of another type, or an op with operands that do not fit."""
+
+    operands: bool = False
+    name = "widens_for_test"
+
+    def run(self, graph: fx.Graph, context: PassContext) -> PassReport:
+        rewriter = Rewriter(graph)
+        for number, node in enumerate(nodes_of(graph, aten.cos.default)):
+            context.burn()
+            with rewriter.before(node):
+                new = rewriter.call(aten.sin.default, node.args[0])
+                if number and self.operands:
+                    row = rewriter.call(aten.select.int, new, 0, 0)
+                    weight = rewriter.call(aten.slice.Tensor, row, 0, 0, 1)
+                    rewriter.call(llmopt_ops.rms_norm.default, new, weight, 1e-6, 0.0, True)
+                elif number:
+                    new = rewriter.call(aten._to_copy.default, new, dtype=torch.float64)
+            rewriter.replace(node, new)
+        return PassReport(self.name)
+
+
+@pytest.mark.parametrize("operands", [False, True])
+def test_a_pass_stops_at_a_rewrite_of_another_type(operands: bool) -> None:
+    why = r"rms_norm: weight is \[1\], not \[3\]" if operands else r"from f32\[2, 3\] on cpu to f64\[2, 3\] on cpu"
+    caught = catch(cosines, torch.randn(2, 3))
+    (report,) = run_pipeline(caught.graph, (Widens(operands),), Options())
+    assert report.matched == 1 and report.reverted is not None
+    assert re.search(f"^stopped at rewrite 2: .*{why}", report.reverted)
+    assert "undone: stopped" in report_text(0, GraphReport("backend", ["x"], [report]))
+    counts = {target: len(list(nodes_of(caught.graph, target))) for target in (aten.cos.default, aten.sin.default)}
+    assert counts == {aten.cos.default: 4, aten.sin.default: 1}, "what was rewritten stays, the rest as it was"
+    with pytest.raises(VerificationError, match=f"widens_for_test: .*{why}"):
+        run_pipeline(graph_of_cosines(), (Widens(operands),), Options(verify=True))
+    required = type("Required", (Widens,), {"required": True})(operands)
+    with pytest.raises(UnsupportedError, match=f"widens_for_test: .*{why}"):
+        run_pipeline(graph_of_cosines(), (required,), Options())
 
 
 def test_revert_mode_shares_the_fuel() -> None:

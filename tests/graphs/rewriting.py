@@ -68,9 +68,10 @@ def rewrite(item: Pass, function: Function, *args: Any, **how: Any) -> Rewritten
     """Runs one pass; checks that results stay equal on fresh inputs, and that a second run finds nothing."""
     caught = prepared(item, function, *args, **how)
     before = copy_graph(caught.graph)
-    sizes = input_sizes(caught.graph)
+    fixed = lambda: [[size.is_number for size in shape] for shape in input_sizes(caught.graph)]  # noqa: E731
+    was_fixed = fixed()
     report = run_alone(item, caught.graph)
-    assert input_sizes(caught.graph) == sizes, "a pass fixes no size at its present value"
+    assert fixed() == was_fixed, "a pass fixes no size at its present value"
     caught.graph.lint()
     check_graph(caught.graph, Level.CAPTURED if item.produces is None else item.produces, item.name)
     for seed in (1, 2):

@@ -111,11 +111,22 @@ class Twisted(Products):
         ("computed", "the second factor is computed"),
         ("beta", "addmm with alpha or beta"),
         ("alpha", "addmm with alpha or beta"),
-        ("matrix", "addmm with a bias that is no vector"),
+        ("matrix", "the bias has not one number for each output"),
     ],
 )
 def test_near_misses(kind: str, reason: str) -> None:
     must_not_fire(RaiseLinear(), reason, Twisted(kind), X)
+
+
+@pytest.mark.parametrize("bias", [(1,), (), (5, 6)])
+def test_a_bias_that_broadcasts_stays(bias: tuple[int, ...]) -> None:
+    reason = "the bias has not one number for each output"
+    must_not_fire(RaiseLinear(), reason, F.linear, X[0], torch.randn(6, 8), torch.randn(bias))
+    if bias == (1,):
+        products = Products()
+        products.b = nn.Parameter(torch.randn(1))
+        result = rewrite(RaiseLinear(), products, X)
+        assert result.report.skipped[reason] == 1 and result.report.matched == 1
 
 
 def test_vectors_are_not_matrices() -> None:

@@ -123,6 +123,7 @@ class Experts(nn.Module):
         self.gate_up = nn.Parameter(torch.randn(EXPERTS, 2 * INNER, HIDDEN))
         self.turned = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 2 * INNER))
         self.down = nn.Parameter(torch.randn(EXPERTS, HIDDEN, INNER))
+        self.narrow = nn.Parameter(torch.randn(EXPERTS, HIDDEN, 8))
         self.router = nn.Parameter(torch.randn(EXPERTS, HIDDEN))
 
     def forward(self, x: Tensor) -> Any:
@@ -130,20 +131,28 @@ class Experts(nn.Module):
         weights, ids = torch.topk(torch.softmax(F.linear(x, self.router), -1), k)
         if change == "ids as a vector":
             weights, ids = weights.reshape(-1), ids.reshape(-1)
-        flat, order = torch.sort(ids.reshape(-1))
+        flat, order = torch.sort(ids.reshape(-1), descending=change == "sorted downwards")
         rows = x.repeat_interleave(k, 0) if change == "rows not gathered" else x[order // k]
         ends = torch.histc(flat.float(), EXPERTS, 0, EXPERTS - 1).cumsum(0, dtype=torch.int32)
+        if change == "other ends":
+            ends = torch.full_like(ends, 2).cumsum(0, dtype=torch.int32)
         mm = torch.ops.transformers.grouped_mm_fallback
         both = mm(rows, self.turned if change == "weights [E, K, N]" else self.gate_up.mT, ends)
-        gate, up = both.chunk(2, -1)
+        gate, up = both.split(8, -1)[:2] if change == "parts of more" else both.chunk(2, -1)
         if change == "up first":
             gate, up = up, gate
         hidden = F.silu(gate) + up if change == "no gate" else F.silu(gate) * up
-        y = mm(hidden, self.down.mT, ends)
+        down = self.narrow if change == "parts of more" else self.down
+        y = mm(hidden, down.mT, ends.clamp(max=3) if change == "ends of its own" else ends)
+        if change == "rounded":
+            y = y.bfloat16().float()
         if change != "not scaled":
             y = y * weights.reshape(-1)[flat if change == "scaled by others" else order].unsqueeze(-1)
         inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(order.shape[0])
+        if change == "one place":
+            inverse[order] = torch.arange(1)
+        else:
+            inverse[order] = torch.arange(order.shape[0])
         back = y[order] if change == "scattered wrongly" else y[inverse]
         rows_of = back.view(-1, k, HIDDEN)
         return rows_of.amax(1) if change == "not summed" else rows_of.sum(1)
@@ -166,7 +175,13 @@ def test_weights_the_other_way_round() -> None:
         ("not scaled", "expert outputs are not scaled by the router"),
         ("scaled by others", "expert outputs are not scaled by the router"),
         ("scattered wrongly", "expert outputs are not scattered back"),
+        ("one place", "expert outputs are scattered by something else than the inverse order"),
         ("not summed", "expert outputs are not summed over the experts of a row"),
+        ("sorted downwards", "expert ids are not sorted in ascending order"),
+        ("other ends", "the ends of the groups are not counted from the expert ids"),
+        ("ends of its own", "the two products are not over the same groups"),
+        ("rounded", "expert outputs are not scaled by the router"),
+        ("parts of more", None),
         ("no gate", None),
         ("up first", None),
     ],

@@ -192,6 +192,48 @@ def test_statistics_in_low_precision_stay() -> None:
     must_not_fire(RaiseNorms(), "statistics are not in float32", norm, X.bfloat16())
 
 
+def rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + EPS)
+
+
+@pytest.mark.parametrize(
+    ("function", "args"),
+    [
+        (lambda x: rms((x * 3).int().float()), (X,)),
+        (lambda x: rms(x.float()), (X.double(),)),
+        (lambda x, w: rms(x) * w.half(), (X, W)),
+        (lambda x, w: rms(x) * w.float(), (X, torch.arange(16))),
+        (lambda x, w: rms(x) * (w + 0.5), (X, torch.arange(16))),
+        (lambda x, w: rms(x) * torch.add(w, 1.0, alpha=2), (X, W)),
+    ],
+)
+def test_what_changes_the_values_stays_in_front(function: Callable[..., Any], args: tuple[Tensor, ...]) -> None:
+    """Conversions that round, of x and of the weight, and sums with alpha."""
+    result = rewrite(RaiseNorms(), function, *args)
+    (node,) = nodes_of(result.after, llmopt_ops.rms_norm.default)
+    assert all(n.op == "call_function" for n in node.all_input_nodes if n is not node.args[0] or len(args) == 1)
+    assert node.args[3] == 0.0
+
+
+def test_a_rounded_input_is_no_wider_one() -> None:
+    reason = "the result is not converted back to the input's type"
+    must_not_fire(RaiseNorms(), reason, lambda x: rms(x.bfloat16().float()), X)
+
+
+@pytest.mark.parametrize(("x", "w"), [(X, W[:1]), (X[..., :1], W)])
+def test_factors_that_broadcast_are_no_weight(x: Tensor, w: Tensor) -> None:
+    result = rewrite(RaiseNorms(), lambda x, w: rms(x) * w, x, w)
+    (node,) = nodes_of(result.after, llmopt_ops.rms_norm.default)
+    assert node.args[1] is None and result.count("aten.mul.Tensor") == 1
+
+
+def test_epsilon_with_a_factor_stays() -> None:
+    def norm(x: Tensor) -> Tensor:
+        return x * torch.rsqrt(torch.add(x.pow(2).mean(-1, keepdim=True), 0.5, alpha=2))
+
+    must_not_fire(RaiseNorms(), "rsqrt of something that is not mean(x^2) + eps", norm, X)
+
+
 def test_layer_norms_that_no_op_computes() -> None:
     must_not_fire(RaiseNorms(), "normalises more than one dimension", lambda x: F.layer_norm(x, (5, 16)), X)
     must_not_fire(RaiseNorms(), "the op computes in float32", lambda x: F.rms_norm(x, (16,)), X.double())

@@ -11,7 +11,8 @@ import torch.nn.functional as F
 from graphs.rewriting import Rewritten, assert_golden, must_not_fire, ops_when_disabled, rewrite
 from torch import Tensor
 
-from llmopt.compiler.graph import nodes_of, tensor
+from llmopt.compiler.graph import nodes_of, placeholders, tensor, to_expr
+from llmopt.compiler.verify import compare_graphs
 from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.substitute_attention import SubstituteAttention
 
@@ -238,7 +239,7 @@ def test_a_rule_beside_a_mask_of_data() -> None:
         return F.softmax(scores + additive(causal_mask(q.shape[2], 4)), -1) @ repeat_kv(v)
 
     node = attention_of(rewrite(SubstituteAttention(), model, Q, K, V, torch.rand(1, 1, S, S) > 0.3))
-    assert tensor(node.args[3]).dtype == torch.bool
+    assert tensor(node.args[3]).dtype == torch.float32, "a finite number is not -inf"
     assert (node.args[4], node.args[7]) == (True, 4)
 
 
@@ -299,6 +300,154 @@ def test_a_sum_that_leads_back_through_many_layers() -> None:
         return F.softmax(x + x.cos(), -1)
 
     must_not_fire(SubstituteAttention(), "softmax of something that is not q @ k^T", router, torch.randn(3, 4))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("fill", [-2e4, -1e9])
+def test_a_query_that_sees_nothing_gives_the_mean(fill: float, dtype: torch.dtype) -> None:
+    """Where what is hidden gets a finite number, as the padding in front of a short sequence does."""
+
+    def model(q: Tensor, k: Tensor, v: Tensor, hidden: Tensor, bias: Tensor) -> Tensor:
+        scores = (q @ repeat_kv(k).mT + bias).masked_fill(hidden, max(fill, torch.finfo(q.dtype).min))
+        return F.softmax(scores.float(), -1).to(q.dtype) @ repeat_kv(v)
+
+    args = [t.to(dtype) for t in (Q, K, V)]
+    hidden = torch.arange(S) > torch.arange(S)[:, None] + 1
+    hidden[2:4] = True
+    for bias in (torch.zeros((), dtype=dtype), torch.randn(S, dtype=dtype)):
+        result = rewrite(SubstituteAttention(), model, *args, hidden, bias)
+        assert result.report.matched == 1
+        compare_graphs(result.before, result.after, in_order(result.before, *args, hidden, bias), "attention", 1.0)
+
+
+def in_order(graph: Any, *args: Tensor) -> list[Tensor]:
+    """Arguments of distinct shapes or dtypes in the order of the graph's placeholders."""
+    left = list(args)
+    found = []
+    for node in placeholders(graph):
+        index = next(i for i, t in enumerate(left) if t.shape == tensor(node).shape and t.dtype == tensor(node).dtype)
+        found.append(left.pop(index))
+    return found
+
+
+def upcast(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q.float() @ repeat_kv(k).float().mT * SCALE, -1).to(v.dtype) @ repeat_kv(v)
+
+
+def upcast_before_repetition(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    scores = q.float() @ repeat_kv(k.float()).transpose(2, 3) * SCALE
+    return F.softmax(scores + additive(causal_mask(S)), -1).to(v.dtype) @ repeat_kv(v)
+
+
+def upcast_transposed(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    return F.softmax(q.float() @ repeat_kv(k).transpose(2, 3).float() * SCALE, -1).to(v.dtype) @ repeat_kv(v)
+
+
+@pytest.mark.parametrize("function", [upcast, upcast_before_repetition, upcast_transposed])
+def test_scores_in_float32(function: Callable[..., Tensor]) -> None:
+    """The operands come from before the conversion: the op computes scores in float32 anyway."""
+    result = rewrite(SubstituteAttention(), function, *(t.bfloat16() for t in (Q, K, V)))
+    node = attention_of(result)
+    assert {tensor(n).dtype for n in (node, *node.args[:3])} == {torch.bfloat16}
+    assert [int(tensor(n).shape[2]) for n in node.args[:3]] == [H, G, G]
+
+
+def test_operands_of_two_types_are_widened() -> None:
+    def model(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        return F.softmax(q @ repeat_kv(k).mT, -1).to(v.dtype) @ repeat_kv(v)
+
+    node = attention_of(rewrite(SubstituteAttention(), model, Q, K, V.bfloat16()))
+    assert {tensor(n).dtype for n in (node, *node.args[:3])} == {torch.float32}
+
+
+def test_sizes_that_must_be_equal_become_one() -> None:
+    """Keys and values of two caches: each length is a symbol of its own until attention takes both."""
+    k, v = torch.randn(1, H, S + 1, D), torch.randn(1, H, S + 1, 5)
+    model = F.scaled_dot_product_attention
+    node = attention_of(rewrite(SubstituteAttention(), model, Q, k, v, marked=[(0, 2), (1, 2), (2, 2)]))
+    assert to_expr(tensor(node.args[1]).shape[1]) == to_expr(tensor(node.args[2]).shape[1])
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | float = 0.0) -> Tensor:
+    return F.softmax(q @ k.mT * SCALE + mask, -1) @ v
+
+
+def spread(x: Tensor, batch: int, length: int) -> Tensor:
+    """Repeats heads, and with them the batch or the sequence."""
+    return x[:, :, None].expand(batch, G, H // G, length, D).reshape(batch, H, length, D)
+
+
+B3, B1, ONE = (3, H, S, D), (1, H, S, D), (1, 1, S, D)
+EIGHT = ((2, 4, 8, D), (2, 4, 8, D), (2, 8, 8, D))  # heads of queries and keys, and the other way round
+
+
+@pytest.mark.parametrize(
+    ("function", "shapes", "reason"),
+    [
+        (attend, (B1, B3, B3), "queries, keys and values broadcast"),
+        (attend, (B3, B1, B1), "queries, keys and values broadcast"),
+        (attend, (B3, B3, B1), "queries, keys and values broadcast"),
+        (attend, (ONE, B1, B1), "queries, keys and values broadcast"),
+        (attend, (B1, B1, ONE), "queries, keys and values broadcast"),
+        (attend, (B1, ONE, B1), "queries, keys and values broadcast"),
+        (F.scaled_dot_product_attention, (B1, B3, B3), "queries, keys and values broadcast"),
+        (attend, (B1, B1, B1, (3, 1, S, S)), "scores are not [B, H, S, L]"),
+        (lambda q, k, v: F.softmax(q @ k.mT, -1).view(2, 8, 4, 8) @ v, EIGHT, "queries, keys and values broadcast"),
+        (
+            lambda q, k, v, m: F.softmax(((q @ k.mT).view(1, 2, 2, S, S) + m).view(1, H, S, S), -1) @ v,
+            (B1, B1, B1, (1, 2, 1, S, S)),
+            "scores are not [B, H, S, L]",
+        ),
+    ],
+)
+def test_operands_that_broadcast_stay(
+    function: Callable[..., Any], shapes: tuple[tuple[int, ...], ...], reason: str
+) -> None:
+    must_not_fire(SubstituteAttention(), reason, function, *map(torch.randn, shapes))
+
+
+@pytest.mark.parametrize(("batch", "length"), [(3, S), (1, 2 * S)])
+def test_only_heads_are_taken_from_before_a_repetition(batch: int, length: int) -> None:
+    first = torch.randn(1, G, S if batch > 1 else 1, D)
+    model = lambda q, k, v: attend(q, spread(k, batch, length), spread(v, batch, length))  # noqa: E731
+    node = attention_of(rewrite(SubstituteAttention(), model, torch.randn(batch, H, S, D), first, first * 2))
+    assert [tuple(tensor(n).shape) for n in node.args[1:3]] == [(batch, length, H, D)] * 2
+
+
+def test_one_head_of_keys_and_values_is_shared() -> None:
+    k, v = torch.randn(1, 1, S, D), torch.randn(1, 1, S, D)
+    assert int(tensor(attention_of(rewrite(SubstituteAttention(), attend, Q, k, v)).args[1]).shape[2]) == 1
+
+
+@pytest.mark.parametrize(
+    ("function", "dtype", "reason"),
+    [
+        (attend, torch.float64, "the op computes in float32"),
+        (F.scaled_dot_product_attention, torch.float64, "the op computes in float32"),
+        (
+            lambda q, k, v: F.softmax((q @ k.mT * 3).int().float(), -1) @ v,
+            torch.float32,
+            "scores are rounded more coarsely than the result",
+        ),
+        (
+            lambda q, k, v: F.softmax((q @ k.mT).bfloat16().float(), -1) @ v,
+            torch.float32,
+            "scores are rounded more coarsely than the result",
+        ),
+        (
+            lambda q, k, v: (F.softmax(q @ k.mT, -1) * 1).int().float() @ v,
+            torch.float32,
+            "scores are rounded more coarsely than the result",
+        ),
+        (
+            lambda q, k, v: F.softmax(q @ k.mT + (q[..., :1] > 0), -1) @ v,
+            torch.float32,
+            "softmax of something that is not q @ k^T",
+        ),
+    ],
+)
+def test_types_that_the_op_does_not_have(function: Callable[..., Any], dtype: torch.dtype, reason: str) -> None:
+    must_not_fire(SubstituteAttention(), reason, function, *(torch.randn(B1, dtype=dtype) for _ in range(3)))
 
 
 @pytest.mark.parametrize(
