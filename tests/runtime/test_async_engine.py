@@ -9,7 +9,8 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -24,9 +25,10 @@ from llmopt.engine import ModelEngine
 from llmopt.errors import EngineDeadError, InputError, QueueFullError, RequestError
 from llmopt.runtime.async_engine import AsyncEngine
 from llmopt.runtime.engine_core import EngineCore
-from llmopt.runtime.generation import Job
-from llmopt.runtime.output_stream import OutputStream
+from llmopt.runtime.generation import Job, SequenceGroup
+from llmopt.runtime.output_stream import OutputStream, is_last
 from llmopt.runtime.request import Request
+from llmopt.runtime.snapshot import Delta
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 LONG = GREEDY.replace(max_tokens=40)
@@ -164,6 +166,39 @@ async def test_several_continuations_and_kinds_of_output() -> None:
         assert all(c.token_ids for c in mine)
 
 
+class Watched(list[Any]):
+    """Counts the entries that are read of it."""
+
+    num_read = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.num_read += len(found) if isinstance(place, slice) else 1
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        self.num_read += len(self)
+        return super().__iter__()
+
+
+def test_news_cost_what_is_new() -> None:
+    core = core_of()
+    group = SequenceGroup(core, Job([1, 2, 3], LONG.replace(logprobs=1, prompt_logprobs=1)))
+    request, delta, seen = group.start(deque()), Delta(), []
+    while core.has_unfinished:
+        core.step()
+        request.tokens, request.logprobs = lists = Watched(request.tokens), Watched(request.logprobs)
+        request.prompt_logprobs = prompt = Watched(request.prompt_logprobs)
+        snapshot = group.snapshot()
+        part = delta(snapshot)
+        assert part is not None and sum(each.num_read for each in (*lists, prompt)) <= 4 + 3 * (not seen)
+        seen.append(part.outputs[0])
+    whole = group.output().outputs[0]
+    assert sum((part.token_ids for part in seen), ()) == whole.token_ids == tuple(request.generated)
+    assert sum((part.logprobs or () for part in seen), ()) == whole.logprobs
+    assert seen[-1].cumulative_logprob == pytest.approx(sum(value for value, _ in request.logprobs))
+
+
 @in_loop
 async def test_several_loops_share_an_engine() -> None:
     rows = prompts([9, 17, 5, 12])
@@ -189,7 +224,7 @@ async def test_a_slow_consumer_gets_several_steps_as_one() -> None:
         for kind in (RequestOutputKind.CUMULATIVE, RequestOutputKind.DELTA):
             stream = engine.submit(Job(row, LONG.replace(output_kind=kind)))
             first = await anext(stream)
-            await until(lambda: not engine.core.has_unfinished and not engine._streams)
+            await until(lambda: is_last(stream._latest))
             rest = await outputs_of(stream)
             assert len(rest) == 1, "what was not fetched waits as one output"
             given = tokens(first) + tokens(rest[0]) if kind is RequestOutputKind.DELTA else tokens(rest[0])
