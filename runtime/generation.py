@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -17,6 +17,7 @@ from llmopt.runtime.prompt_embeds import PromptEmbeds
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import Constraints, SamplingParams
 from llmopt.runtime.snapshot import SequenceSnapshot, Snapshot
+from llmopt.runtime.stop_texts import StopTexts
 from llmopt.runtime.text import TextCodec
 
 
@@ -77,6 +78,7 @@ class SequenceGroup:
         self.sequences: list[SequenceState] = []
         self._outbox: Outbox | None = None
         self._aborted = False
+        self._stops = StopTexts(job.params.stop)
         self._prompt_logprobs: tuple[PositionLogprobs | None, ...] = (None,)
 
     def start(self, outbox: Outbox) -> Request:
@@ -158,7 +160,7 @@ class SequenceGroup:
         sequences = [self._snapshot_of(sequence) for sequence in self.sequences]
         if len(sequences) > params.n:
             sequences.sort(key=lambda each: (each.error is not None, -(each.cumulative_logprob or 0.0)))
-            sequences = [each._replace(index=i) for i, each in enumerate(sequences[: params.n])]
+            sequences = [replace(each, index=i) for i, each in enumerate(sequences[: params.n])]
         head = RequestOutput(
             request_id or first.request_id,
             self.job.text,
@@ -215,9 +217,9 @@ class SequenceGroup:
 
     def _new_detokenizer(self) -> Detokenizer | None:
         job = self.job
-        return (
-            Detokenizer(job.codec, job.params, list(self._prompt_ids)) if job.codec and job.params.detokenize else None
-        )
+        if job.codec is None or not job.params.detokenize:
+            return None
+        return Detokenizer(job.codec, job.params, list(self._prompt_ids), self._stops)
 
     def _stop_check(self, detokenizer: Detokenizer | None) -> StopCheck | None:
         return detokenizer.stop_check if detokenizer is not None and self.job.params.stop else self.job.stop_check

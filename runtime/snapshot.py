@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import NamedTuple
 
 from llmopt.runtime.outputs import CompletionOutput, PositionLogprobs, RequestOutput
 
 
-class SequenceSnapshot(NamedTuple):
+@dataclass(frozen=True, slots=True)
+class SequenceSnapshot:
     """A continuation: `tokens[first:end]`, where there are `logprobs` the first `end - first` of them, and `text`.
 
     The other fields are those of `CompletionOutput`.
