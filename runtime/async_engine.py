@@ -1,8 +1,8 @@
 """An engine with threads of its own: event loops hand in requests and wait for outputs, but never for a step.
 
-One thread takes steps, and between two of them starts, forks and ends requests. The other makes text and outputs of
-what a step has brought, while the next one is computed, and wakes each event loop once for all its requests. When it
-falls behind, several steps become one output.
+One thread takes steps, and between two of them starts, forks and ends requests. The other makes text of what a step
+has brought, while the next one is computed, and wakes each event loop once for all its requests. When it falls behind,
+several steps become one output.
 """
 
 from __future__ import annotations
@@ -21,8 +21,7 @@ from llmopt.compiler.errors import EngineDeadError, InputError, QueueFullError, 
 from llmopt.runtime.engine_core import EngineCore
 from llmopt.runtime.generation import Job, SequenceGroup
 from llmopt.runtime.metrics import Metrics
-from llmopt.runtime.output_stream import Mailbox, OutputStream, is_last
-from llmopt.runtime.outputs import RequestOutput
+from llmopt.runtime.output_stream import Mailbox, Outcome, OutputStream, is_last
 from llmopt.runtime.request import Request
 from llmopt.runtime.sampling import RequestOutputKind
 
@@ -260,7 +259,7 @@ class AsyncEngine:
         except BaseException as error:
             self._die(error)
 
-    def _outcome(self, stream: OutputStream) -> RequestOutput | Exception | None:
+    def _outcome(self, stream: OutputStream) -> Outcome | None:
         """What is new for a stream, None for nothing."""
         if stream.is_complete:
             return None
@@ -271,15 +270,15 @@ class AsyncEngine:
         if stream.kind is RequestOutputKind.FINAL_ONLY and not finished:
             return None
         try:
-            return dataclasses.replace(stream.group.output(), request_id=stream.request_id)
+            return stream.group.snapshot(stream.request_id)
         except Exception as error:  # a tokenizer's, for one
             self.cancel(stream)
             failure = RequestError(f"the output of this request could not be made: {error}")
             failure.__cause__ = error
             return failure
 
-    def _send(self, news: Iterable[tuple[OutputStream, RequestOutput | Exception]]) -> None:
-        letters: dict[Mailbox, dict[OutputStream, RequestOutput | Exception]] = defaultdict(dict)
+    def _send(self, news: Iterable[tuple[OutputStream, Outcome]]) -> None:
+        letters: dict[Mailbox, dict[OutputStream, Outcome]] = defaultdict(dict)
         for stream, outcome in news:
             letters[stream.mailbox][stream] = outcome
             if is_last(outcome):

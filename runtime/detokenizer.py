@@ -6,6 +6,7 @@ import threading
 
 from llmopt.runtime.request import Request
 from llmopt.runtime.sampling import SamplingParams
+from llmopt.runtime.stop_texts import StopTexts
 from llmopt.runtime.text import IncrementalText, TextCodec
 
 
@@ -19,18 +20,20 @@ class Detokenizer:
         codec: the tokenizer.
         params: what to do with special tokens and stop texts.
         prompt: token ids of the prompt.
+        stops: of `params.stop`.
     """
 
-    def __init__(self, codec: TextCodec, params: SamplingParams, prompt: list[int]) -> None:
+    def __init__(self, codec: TextCodec, params: SamplingParams, prompt: list[int], stops: StopTexts) -> None:
         self._text = IncrementalText(
             codec,
             params.skip_special_tokens,
-            params.stop,
+            stops,
             include_stop=params.include_stop_str_in_output,
             spaces_between_special_tokens=params.spaces_between_special_tokens,
             prompt=prompt,
         )
         self._min_tokens = params.min_tokens
+        self._include_stop = params.include_stop_str_in_output
         self._num_read = 0
         self._lock = threading.Lock()
 
@@ -56,9 +59,9 @@ class Detokenizer:
         With `ended` these are all there will be.
         """
         with self._lock:
-            # The token that ends a text is not part of it.
+            # The token that ends a text is not part of it, unless what ends it is to be kept, as in vLLM.
             by_token = ended and request.finish_reason == "stop" and not self._text.stopped
-            self._read(request, count - by_token)
+            self._read(request, count - (by_token and not self._include_stop))
             return self._text.finish() if ended else self._text.take()
 
     def _read(self, request: Request, count: int) -> None:

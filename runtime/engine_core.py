@@ -404,13 +404,8 @@ class EngineCore:
                 logits, sampling = logits[kept], [sampling[row] for row in kept]
         if not sampling:
             return results
-        outcomes: Sequence[Sampled | Exception]
-        try:
-            states = [chunks[i].request.sampling_state for i in sampling]
-            outcomes = self._sampler(logits, states, self._largest(logits))
-        except Exception as error:
-            outcomes = [_failure(error)] * len(sampling)
-        for i, outcome in zip(sampling, outcomes, strict=True):
+        states = [chunks[i].request.sampling_state for i in sampling]
+        for i, outcome in zip(sampling, self._sample(logits, states), strict=True):
             if isinstance(outcome, Sampled):
                 results[i] = outcome.token
                 if outcome.logprob is not None:
@@ -418,6 +413,15 @@ class EngineCore:
             else:
                 results[i] = outcome
         return results
+
+    def _sample(self, logits: torch.Tensor, states: Sequence[SamplingState]) -> Sequence[Sampled | Exception]:
+        """What the sampler chooses for each row; where it fails, somebody is to blame, so each row is tried alone."""
+        try:
+            return self._sampler(logits, states, self._largest(logits))
+        except Exception as error:
+            if len(states) == 1:
+                return [_failure(error)]
+        return [each for row, state in enumerate(states) for each in self._sample(logits[row : row + 1], [state])]
 
     def _check_witnesses(
         self, chunks: Sequence[Chunk], logits: torch.Tensor, results: list[int | Exception | None]

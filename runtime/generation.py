@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from torch import Tensor
 
@@ -12,10 +12,12 @@ from llmopt.compiler.errors import QueueFullError
 from llmopt.runtime.adapters import Adapter
 from llmopt.runtime.detokenizer import Detokenizer
 from llmopt.runtime.engine_core import EngineCore
-from llmopt.runtime.outputs import CompletionOutput, Logprob, PositionLogprobs, RequestOutput
+from llmopt.runtime.outputs import Logprob, PositionLogprobs, RequestOutput
 from llmopt.runtime.prompt_embeds import PromptEmbeds
 from llmopt.runtime.request import Outbox, Request, StopCheck
 from llmopt.runtime.sampling import Constraints, SamplingParams
+from llmopt.runtime.snapshot import SequenceSnapshot, Snapshot
+from llmopt.runtime.stop_texts import StopTexts
 from llmopt.runtime.text import TextCodec
 
 
@@ -46,13 +48,19 @@ class Job:
 
 @dataclass(eq=False)
 class SequenceState:
-    """One continuation: its request, its text, and how much of it has been looked at."""
+    """One continuation: its request, its text, and how much of it has been looked at.
+
+    num_given: tokens of which there were updates; `shown`: the text that was given.
+    num_scored: tokens whose log probabilities are in `cumulative_logprob`, and where asked for in `logprobs`.
+    """
 
     index: int
     request: Request
     detokenizer: Detokenizer | None
     num_given: int = 0
     shown: str = ""
+    num_scored: int = 0
+    cumulative_logprob: float = 0.0
     logprobs: list[PositionLogprobs] = field(default_factory=list)
 
 
@@ -70,7 +78,8 @@ class SequenceGroup:
         self.sequences: list[SequenceState] = []
         self._outbox: Outbox | None = None
         self._aborted = False
-        self._prompt_logprobs: list[PositionLogprobs | None] = [None]
+        self._stops = StopTexts(job.params.stop)
+        self._prompt_logprobs: tuple[PositionLogprobs | None, ...] = (None,)
 
     def start(self, outbox: Outbox) -> Request:
         """Queues the first request; raises QueueFullError."""
@@ -137,60 +146,66 @@ class SequenceGroup:
 
     def output(self) -> RequestOutput:
         """Everything that is known now; of more than `params.n` continuations the likeliest."""
+        return self.snapshot().output()
+
+    def snapshot(self, request_id: str | None = None) -> Snapshot:
+        """As `output`, at the cost of what is new since the last one; under the first request's id or another."""
         finished, params = self.is_finished, self.job.params
         if not self.sequences:
-            reason = "abort" if finished else None
-            unstarted = CompletionOutput(0, "", (), finish_reason=reason)
-            return RequestOutput("", self.job.text, self._prompt_ids, (unstarted,), finished)
+            unstarted = SequenceSnapshot(0, finish_reason="abort" if finished else None)
+            return Snapshot(
+                RequestOutput(request_id or "", self.job.text, self._prompt_ids, (), finished), (unstarted,)
+            )
         first = self.sequences[0].request
-        completions = [self._completion(sequence) for sequence in self.sequences]
-        if len(completions) > params.n:
-            completions.sort(key=lambda c: (c.error is not None, -(c.cumulative_logprob or 0.0)))
-            completions = [
-                CompletionOutput(**{**vars(each), "index": i}) for i, each in enumerate(completions[: params.n])
-            ]
-        return RequestOutput(
-            first.request_id,
+        sequences = [self._snapshot_of(sequence) for sequence in self.sequences]
+        if len(sequences) > params.n:
+            sequences.sort(key=lambda each: (each.error is not None, -(each.cumulative_logprob or 0.0)))
+            sequences = [replace(each, index=i) for i, each in enumerate(sequences[: params.n])]
+        head = RequestOutput(
+            request_id or first.request_id,
             self.job.text,
             self._prompt_ids,
-            tuple(completions),
+            (),
             finished,
             self._logprobs_of_prompt(first) if params.prompt_logprobs is not None else None,
             min(first.num_hit, len(self._prompt)),
         )
+        return Snapshot(head, tuple(sequences))
 
-    def _completion(self, sequence: SequenceState) -> CompletionOutput:
+    def _snapshot_of(self, sequence: SequenceState) -> SequenceSnapshot:
         request, params, detokenizer = sequence.request, self.job.params, sequence.detokenizer
         length, ended = request.published
         count = max(0, length - request.num_prompt)
-        tokens = tuple(request.tokens[request.num_prompt : request.num_prompt + count])
         if detokenizer is not None:
             sequence.shown += detokenizer.take(request, count, ended)
         stop_reason: int | str | None = None
         if ended and request.finish_reason == "stop":
             stop_reason = detokenizer.stopped_by if detokenizer else None
-            if stop_reason is None and tokens and tokens[-1] in params.stop_token_ids:
-                stop_reason = tokens[-1]
-        scored = request.logprobs[:count]
-        if params.logprobs is not None:
-            for _, top in scored[len(sequence.logprobs) :]:
+            if stop_reason is None and count and (last := request.tokens[length - 1]) in params.stop_token_ids:
+                stop_reason = last
+        for value, top in request.logprobs[sequence.num_scored : count]:
+            sequence.num_scored += 1
+            sequence.cumulative_logprob += value
+            if params.logprobs is not None:
                 sequence.logprobs.append(self._position(top or {}, params.logprobs))
-        return CompletionOutput(
+        return SequenceSnapshot(
             sequence.index,
             sequence.shown,
-            tokens,
-            sum(value for value, _ in scored) if request.wants_logprob else None,
-            tuple(sequence.logprobs) if params.logprobs is not None else None,
+            request.tokens,
+            request.num_prompt,
+            request.num_prompt + count,
+            sequence.cumulative_logprob if request.wants_logprob else None,
+            sequence.logprobs if params.logprobs is not None else None,
             request.finish_reason if ended else None,
             stop_reason,
             None if request.error is None or not ended else str(request.error),
         )
 
     def _logprobs_of_prompt(self, request: Request) -> tuple[PositionLogprobs | None, ...]:
-        done, count = self._prompt_logprobs, self.job.params.prompt_logprobs or 0
-        for entry in request.prompt_logprobs[len(done) - 1 :]:
-            done.append(self._position(entry.top_logprobs, count))
-        return tuple(done)
+        count, known = self.job.params.prompt_logprobs or 0, len(self._prompt_logprobs) - 1
+        if new := request.prompt_logprobs[known:]:
+            self._prompt_logprobs += tuple(self._position(entry.top_logprobs, count) for entry in new)
+        return self._prompt_logprobs
 
     def _position(self, top: dict[int, float], count: int) -> PositionLogprobs:
         """Likeliest first; the token that stands there comes after `count` of them, or is one of them."""
@@ -202,9 +217,9 @@ class SequenceGroup:
 
     def _new_detokenizer(self) -> Detokenizer | None:
         job = self.job
-        return (
-            Detokenizer(job.codec, job.params, list(self._prompt_ids)) if job.codec and job.params.detokenize else None
-        )
+        if job.codec is None or not job.params.detokenize:
+            return None
+        return Detokenizer(job.codec, job.params, list(self._prompt_ids), self._stops)
 
     def _stop_check(self, detokenizer: Detokenizer | None) -> StopCheck | None:
         return detokenizer.stop_check if detokenizer is not None and self.job.params.stop else self.job.stop_check

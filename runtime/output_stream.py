@@ -3,36 +3,40 @@
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import threading
 from collections.abc import Callable, Mapping
+from typing import TypeAlias
 
 from llmopt.runtime.generation import SequenceGroup
-from llmopt.runtime.outputs import CompletionOutput, RequestOutput
+from llmopt.runtime.outputs import RequestOutput
 from llmopt.runtime.sampling import RequestOutputKind
+from llmopt.runtime.snapshot import Delta, Snapshot
+
+# What is new of a request, for the coroutine that waits for it: all that is known, or why there will be no more.
+Outcome: TypeAlias = Snapshot | Exception
 
 
-def is_last(outcome: RequestOutput | Exception | None) -> bool:
+def is_last(outcome: Outcome | None) -> bool:
     """Whether nothing follows."""
     return isinstance(outcome, Exception) or (outcome is not None and outcome.finished)
 
 
 class Mailbox:
-    """Takes outputs to one event loop: the latest of each stream, with one wake-up for all that came together.
+    """Takes outcomes to one event loop: the latest of each stream, with one wake-up for all that came together.
 
-    While the loop is busy later outputs replace earlier ones, so what waits here is bounded by the number of streams.
+    While the loop is busy later ones replace earlier ones, so what waits here is bounded by the number of streams.
     """
 
     def __init__(self, loop: asyncio.AbstractEventLoop) -> None:
         self._loop = loop
         self._lock = threading.Lock()
-        self._waiting: dict[OutputStream, RequestOutput | Exception] = {}
+        self._waiting: dict[OutputStream, Outcome] = {}
 
-    def post(self, news: Mapping[OutputStream, RequestOutput | Exception]) -> bool:
+    def post(self, news: Mapping[OutputStream, Outcome]) -> bool:
         """Called in any thread; False when the loop has been closed, so that nobody can be reached any more."""
         with self._lock:
             on_its_way = bool(self._waiting)
-            # Where the engine dies while outputs are made, an end may come from two threads.
+            # Where the engine dies while snapshots are made, an end may come from two threads.
             self._waiting.update((s, outcome) for s, outcome in news.items() if not is_last(self._waiting.get(s)))
         try:
             if not on_its_way:
@@ -66,16 +70,16 @@ class OutputStream:
         self.request_id, self.group, self.mailbox = request_id, group, mailbox
         self._cancel = cancel
         self.kind = group.job.params.output_kind
-        self._delta = _Delta() if self.kind is RequestOutputKind.DELTA else None
+        self._delta = Delta() if self.kind is RequestOutputKind.DELTA else None
         # The engine's: what went wrong outside of a step, and whether the last output has been made.
         self.failure: Exception | None = None
         self.is_complete = False
         # The loop's.
-        self._latest: RequestOutput | Exception | None = None
+        self._latest: Outcome | None = None
         self._news = asyncio.Event()
         self._ended = False
 
-    def _receive(self, outcome: RequestOutput | Exception) -> None:
+    def _receive(self, outcome: Outcome) -> None:
         if not self._ended:
             self._latest = outcome
             self._ended = is_last(outcome)
@@ -89,9 +93,10 @@ class OutputStream:
             latest, self._latest = self._latest, None
             if isinstance(latest, Exception):
                 raise latest
-            output = self._delta(latest) if self._delta is not None and latest is not None else latest
-            if output is not None:
-                return output
+            if latest is not None:
+                output = self._delta(latest) if self._delta is not None else latest.output()
+                if output is not None:
+                    return output
             if self._ended:
                 raise StopAsyncIteration
             self._news.clear()
@@ -102,34 +107,3 @@ class OutputStream:
         if not self._ended:
             self._ended = True
             self._cancel(self)
-
-
-class _Delta:
-    """Leaves out of each output what an earlier one had, and continuations without news."""
-
-    def __init__(self) -> None:
-        # Of each continuation: tokens and characters that were given, and whether its end was.
-        self._given: dict[int, tuple[int, int, bool]] = {}
-        self._is_first = True
-
-    def __call__(self, output: RequestOutput) -> RequestOutput | None:
-        news = [part for completion in output.outputs if (part := self._part(completion)) is not None]
-        if not news and not output.finished:
-            return None
-        prompt_logprobs = output.prompt_logprobs if self._is_first else None
-        self._is_first = False
-        return dataclasses.replace(output, outputs=tuple(news), prompt_logprobs=prompt_logprobs)
-
-    def _part(self, completion: CompletionOutput) -> CompletionOutput | None:
-        tokens, characters, ended = self._given.get(completion.index, (0, 0, False))
-        ends = completion.finish_reason is not None
-        now = len(completion.token_ids), len(completion.text), ends
-        if now == (tokens, characters, ended):
-            return None
-        self._given[completion.index] = now
-        return dataclasses.replace(
-            completion,
-            text=completion.text[characters:],
-            token_ids=completion.token_ids[tokens:],
-            logprobs=completion.logprobs[tokens:] if completion.logprobs is not None else None,
-        )

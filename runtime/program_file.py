@@ -129,19 +129,15 @@ def load_program(path: str | Path, threads: int = 0, huge_pages: bool = False) -
     caches, lora = step_json.caches_from_json(data["caches"]), step_json.lora_from_json(data.get("lora"))
     step_json.check_lora(program, lora)
     block_size = step_json.positive(data, "block_size", 1024)
+    step_json.check_caches(program, caches, block_size)
+    vocabulary = step_json.positive(data, "vocab_size", step_json.logits_width(program))
+    length, eos = step_json.positive(data, "max_model_len", 1 << 31), step_json.token_ids(data, "eos_token_ids")
     try:
         step = StepProgram(program, caches, block_size, threads, lora=lora, huge_pages=huge_pages)
         step.bind([tensors[name].to(step.executable.device) for name in names])
     except InputError as error:
         raise ProgramFileError(str(error)) from error
-    eos = data["eos_token_ids"]
-    if not isinstance(eos, list) or not all(isinstance(t, int) for t in eos):
-        raise ProgramFileError("eos_token_ids is no list of numbers")
-    vocabulary, length = (
-        step_json.positive(data, "vocab_size", 1 << 31),
-        step_json.positive(data, "max_model_len", 1 << 31),
-    )
-    return LoadedProgram(step, vocabulary, length, tuple(eos), _tokenizer(data["tokenizer"]), costs)
+    return LoadedProgram(step, vocabulary, length, eos, _tokenizer(data["tokenizer"]), costs)
 
 
 def _digest(text: str) -> str:
@@ -162,7 +158,7 @@ def _metadata(metadata: dict[str, str] | None) -> dict[str, Any]:
     if not isinstance(data, dict) or data.get("format") != FORMAT:
         raise ProgramFileError("this safetensors file holds no llmopt program")
     version = data.get("version")
-    if version != VERSION or isinstance(version, bool):
+    if version != VERSION or type(version) is not int:
         raise ProgramFileError(f"the file has format version {version!r}, this llmopt reads {VERSION}: export it again")
     wanted = ("program", "weights", "block_size", "caches", "vocab_size", "max_model_len", "eos_token_ids", "tokenizer")
     missing = [key for key in wanted if key not in data]

@@ -103,6 +103,8 @@ class Scheduler:
         self.num_left = 0
         # The running requests, if the latest plan was of a token of each of them and nobody has come or left since.
         self.decoding: list[Request] = []
+        # Whether a waiting request could start beside them, though nobody has left.
+        self._may_start = True
 
     # ---- requests --------------------------------------------------------------------------------------------------
 
@@ -244,8 +246,11 @@ class Scheduler:
                 budget -= self._plan_chunk(request, share)
             if preempted != self.counters.num_preemptions:  # which may have taken requests out of the plan
                 preempted, budget = self.counters.num_preemptions, self._budget()
+        self._may_start = True
         if preempted == before or not self.running:
             self._admit()
+            # Who does not fit now will not, until somebody leaves or pages go back before a request ends.
+            self._may_start = self.pages.has_windows
         if not self._planned and self.requests:
             raise RuntimeError(f"{self.pool.num_held} of {self.pool.num_blocks} blocks are held, but not by a request")
         chunks = tuple(self._planned.values())
@@ -257,9 +262,10 @@ class Scheduler:
         """Whether the next step is a token of each of `requests`, a value of `decoding`, if they have pages for it.
 
         That is so where nobody has come or left (`_start`, `_leave`, `_enqueue` and `_end` put another list in its
-        place), and no waiting request could start: without a free seat it could not then, and cannot now.
+        place), and no waiting request could start: one that had no seat or not the pages then does not have them now.
         """
-        return requests is self.decoding and not (self._waiting and self._seats) and not self.pages.moves
+        may_start = self._may_start and self._waiting and self._seats
+        return requests is self.decoding and not may_start and not self.pages.moves
 
     def prepare(self) -> None:
         """Does what the next plan needs whatever the present step brings: keys of the prompts that come next."""
@@ -382,7 +388,7 @@ class Scheduler:
             if not share:
                 break
             holders = self._slot_holders(request)
-            if not self._seats and not holders and not self._displace(request, [0] * len(self.pages.groups)):
+            if not self._seats and not any(other.priority > request.priority for other in self.running):
                 break
             swapped = request.status is Status.SWAPPED
             hit: list[list[int]] = [[] for _ in self.pages.groups]
@@ -395,7 +401,7 @@ class Scheduler:
             start, growth = self.pages.needed_to_start(request, hit), self.pages.growth(self.running)
             needed = [own + others for own, others in zip(start, growth, strict=True)]
             short = [n - group.pool.num_available for n, group in zip(needed, self.pages.groups, strict=True)]
-            if holders or any(count > 0 for count in short):
+            if holders or not self._seats or any(count > 0 for count in short):
                 if self._displace(request, short, holders):
                     continue
                 break
@@ -447,16 +453,18 @@ class Scheduler:
         lower = [each for each in holders.values() if all(other.priority > request.priority for other in each)]
         return max(lower, key=lambda each: min(other.rank for other in each), default=[])
 
-    def _displace(self, request: Request, short: Sequence[int], holders: Sequence[Request] = ()) -> bool:
+    def _displace(self, request: Request, short: Sequence[int], holders: Sequence[Request]) -> bool:
         """Preempts `holders`, and then requests of lower priority, the worst first, if that gives `request` a seat and
-        the pages that it is short of in each group."""
+        the pages that it is short of in each group. Otherwise nobody is preempted: it would help nobody."""
         lower = sorted((r for r in self.running if r.priority > request.priority), key=lambda r: r.rank, reverse=True)
         missing, victims = list(short), list[Request]()
         for victim in [*holders, *(other for other in lower if other not in holders)]:
             if len(victims) >= max(1, len(holders)) and max(missing) <= 0:
                 break
             victims.append(victim)
-            missing = [count - freed for count, freed in zip(missing, self.pages.freed(victim), strict=True)]
+            # Nor is there to be room for the victim to grow.
+            gained = zip(missing, self.pages.freed(victim), self.pages.growth([victim]), strict=True)
+            missing = [count - freed - growth for count, freed, growth in gained]
         if not victims or max(missing) > 0:
             return False
         for victim in victims:
@@ -508,9 +516,15 @@ class Scheduler:
         request.status = Status.FINISHED
         del self.requests[request.request_id]
 
+    @staticmethod
+    def _is_early(request: Request) -> bool:
+        """Whether a token that ends requests does not count yet; behind a finished structure it is all there is."""
+        state = request.sampling_state
+        return request.num_generated < request.params.min_tokens and not (state is not None and state.is_complete)
+
     def _finish_if_done(self, request: Request) -> None:
         reason = None
-        if request.tokens[-1] in request.ends and request.num_generated >= request.params.min_tokens:
+        if request.tokens[-1] in request.ends and not self._is_early(request):
             reason = "stop"
         elif request.stop_check is not None:
             try:

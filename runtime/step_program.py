@@ -111,6 +111,7 @@ class StepProgram:
         `adapters` takes the place of the program's own.
         With `lend` the next such call may overwrite them: a step of sizes that were there before allocates nothing. The
         batch of the call before it, whose tensors may hold something else by now, costs hardly more than the kernels.
+        One thread at a time may have logits lent; calls without, of any thread, touch nothing that is.
         """
         with self._lock:
             self.num_steps += 1
@@ -123,7 +124,9 @@ class StepProgram:
                     return logits
             tokens = batch.input_ids.shape[0]
             self.rows_computed += tokens
-            self._latest = self._lent = None
+            self._latest = None
+            if lend:
+                self._lent = None
             if self.graphs is not None and adapters is None:  # graphs hold the addresses of the program's own
                 replayed = self.graphs(batch, cache, self.executable)
                 if replayed is not None:
@@ -145,9 +148,10 @@ class StepProgram:
         return self._no_index[room][:tokens]
 
     def largest(self, logits: Tensor) -> tuple[list[float], list[int]] | None:
-        """Value and place of the first largest element of each row, for the logits that the latest call lent.
+        """Value and place of the first largest element of each row, for the logits that were lent last.
 
-        A NaN is larger than all. None for other logits, and where the program does not look for them.
+        A NaN is larger than all. None for other logits, and where the program does not look for them. As the logits
+        themselves, the numbers stay until the next call that lends.
         """
         return self._largest.found() if self._largest is not None and logits is self._lent else None
 
@@ -156,7 +160,7 @@ class StepProgram:
     ) -> Tensor:
         """As a call, launched kernel by kernel; logits stay on the program's device."""
         device = self.executable.device
-        inputs = batch.inputs(self.input_names)
+        inputs, rows = batch.inputs(self.input_names), batch.logits_indices.shape[0]
         more: list[Tensor] = []
         if self.adapters is not None:
             index = batch.adapter_index
@@ -173,7 +177,9 @@ class StepProgram:
             more = [tensor.to(device, non_blocking=True) for tensor in more]
         # Weights follow among the program's arguments; they are bound already.
         rest = [None] * (len(self.program.inputs) - len(inputs) - len(cache.tensors) - len(more))
-        found = self._largest.tensors(batch.logits_indices.shape[0]) if self._largest is not None else ()
+        found: tuple[Tensor, ...] = ()
+        if self._largest is not None:
+            found = self._largest.tensors(rows) if lend else _room_for_largest(rows)
         logits: Tensor = self.executable([*inputs, *cache.tensors, *more, *rest, *found], lend=lend)[0]
         return logits
 
@@ -189,14 +195,20 @@ def _embeds_spec(program: Program) -> EmbedsSpec | None:
     return None
 
 
+def _room_for_largest(rows: int) -> tuple[Tensor, Tensor]:
+    """Values and places of so many rows."""
+    return torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+
+
 class _Largest:
-    """Where a step writes the largest logits to, read as numbers: an op of PyTorch would cost more than all of them."""
+    """Where a step that lends its logits writes the largest to, read as numbers: an op of PyTorch would cost more than
+    all of them."""
 
     def __init__(self) -> None:
         self._make_room(16)
 
     def _make_room(self, rows: int) -> None:
-        self._tensors = torch.empty(rows, dtype=torch.float32), torch.empty(rows, dtype=torch.int64)
+        self._tensors = _room_for_largest(rows)
         self._values, self._places = self._all = [tensor.numpy().data for tensor in self._tensors]
 
     def tensors(self, rows: int) -> tuple[Tensor, Tensor]:

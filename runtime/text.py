@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from llmopt.compiler.errors import InputError
+from llmopt.runtime.stop_texts import StopTexts
 
 REPLACEMENT = "\N{REPLACEMENT CHARACTER}"
 # A character of UTF-8 has up to four bytes, and each token at least one of them.
@@ -59,7 +60,7 @@ class IncrementalText:
     Args:
         codec: the tokenizer.
         skip_special_tokens: leave them out of the text.
-        stop: texts that end it.
+        stop: texts that end it, or their automaton where several sequences share it.
         include_stop: keep the stop text at the end.
         spaces_between_special_tokens: off, special tokens that are not left out stand side by side even where the
             tokenizer would put a space between them.
@@ -72,14 +73,15 @@ class IncrementalText:
         self,
         codec: TextCodec,
         skip_special_tokens: bool = True,
-        stop: Sequence[str] = (),
+        stop: Sequence[str] | StopTexts = (),
         *,
         include_stop: bool = False,
         spaces_between_special_tokens: bool = True,
         prompt: Sequence[int] = (),
     ) -> None:
-        self._codec, self._skip, self._stop = codec, skip_special_tokens, tuple(stop)
-        self._include_stop = include_stop
+        self._codec, self._skip, self._include_stop = codec, skip_special_tokens, include_stop
+        self._stops = stop if isinstance(stop, StopTexts) else StopTexts(stop)
+        self._stop_state = 0
         self._joined = frozenset() if spaces_between_special_tokens or skip_special_tokens else codec.special_ids
         self.ids: list[int] = []
         self.text = ""
@@ -142,8 +144,8 @@ class IncrementalText:
             self._context, self._settled = self._settled, upto
         old = len(self.text)
         self.text += new
-        if may_stop and new:
-            self._stop_after(old)
+        if self._stops:
+            self._read_stops(old, may_stop)
 
     def _settle_front(self, new: str, may_stop: bool) -> None:
         """Bytes that are no text at all must not be held for ever, nor tokens without text be decoded again and again.
@@ -159,21 +161,17 @@ class IncrementalText:
                 self._settle(front, cut, may_stop)
                 return
 
-    def _stop_after(self, old: int) -> None:
+    def _read_stops(self, old: int, may_stop: bool) -> None:
         """Ends the text at the stop string that is complete first in what follows the first `old` characters."""
-        found = []
-        for stop in self._stop:
-            start = self.text.find(stop, max(0, old - len(stop) + 1))
-            if start >= 0:
-                found.append((start + len(stop), start, stop))
-        if found:
-            end, start, self.stopped_by = min(found)
-            self.text = self.text[: end if self._include_stop else start]
+        stops, state = self._stops, self._stop_state
+        for end, character in enumerate(self.text[old:], old + 1):
+            state = stops.step(state, character)
+            if may_stop and (found := stops.found(state)):
+                self.stopped_by = found
+                self.text = self.text[: end if self._include_stop else end - len(found)]
+                break
+        self._stop_state = state
 
     def _possible_stop(self) -> int:
         """How many characters at the end may be the beginning of a stop string."""
-        if self._include_stop:
-            return 0
-        longest = max(map(len, self._stop), default=1) - 1
-        tails = range(min(longest, len(self.text)), 0, -1)
-        return next((n for n in tails if any(stop.startswith(self.text[-n:]) for stop in self._stop)), 0)
+        return 0 if self._include_stop else self._stops.num_open(self._stop_state)

@@ -2,6 +2,7 @@
 
 A program reads the user's own parameters in place, so an in-place edit needs nothing. What is computed from weights (a
 transposed copy, `1 + weight`) is kept under the identity and version of its sources and made again when they changed.
+An address is no identity: once a source is gone, the next may get the same memory.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from typing import Any
 import torch
 from torch import fx
 from torch.fx.node import Node, map_aggregate, map_arg
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from llmopt.compiler.errors import VerificationError
 from llmopt.compiler.graph import placeholders
@@ -40,7 +42,10 @@ class WeightBinder:
         # One at a time, so that what a weight is computed from can be let go before the next one is computed.
         self._recipes = [_Recipe(graph, node, index) for node in weights if node not in index]
         self.sources = sorted({i for recipe in self._recipes for i in recipe.sources})
-        self._key: tuple[tuple[int, int], ...] | None = None
+        self._key: tuple[tuple[int, int, int], ...] | None = None
+        # Of the sources that the key is about. A storage that something points to, be it weakly, shares its number with
+        # no later one.
+        self._storages: list[StorageWeakRef] = []
         self._made: list[Tensor] = []
         self._consumed = False
 
@@ -52,10 +57,11 @@ class WeightBinder:
         """
         if self._recipes and not self._consumed:
             inputs = [arguments[i] for i in self.sources]
-            key = tuple((t.data_ptr(), _version(t)) for t in inputs)
-            if key != self._key or -1 in (version for _, version in key) or not self._made:
+            key = tuple((t.untyped_storage()._cdata, t.data_ptr(), _version(t)) for t in inputs)
+            if key != self._key or -1 in (version for *_, version in key) or not self._made:
+                storages = [StorageWeakRef(t.untyped_storage()) for t in inputs]
                 self._made = self._make(arguments, consume)
-                self._key, self._consumed = key, consume
+                self._key, self._storages, self._consumed = key, storages, consume
         made = iter(self._made)
         return [next(made) if i is None else arguments[i].detach() for i in self.direct]
 

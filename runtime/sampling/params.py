@@ -22,7 +22,8 @@ from llmopt.runtime.sampling.checks import (
 MAX_SEQUENCES = 1024
 MAX_LOGPROBS = 128
 MAX_TOKENS = 1 << 24
-MAX_STOPS, MAX_STOP_LENGTH = 256, 4096
+# Stop texts: how many, how long each, and how long together, for they are made ready when a request comes.
+MAX_STOPS, MAX_STOP_LENGTH, MAX_STOP_CHARACTERS = 256, 4096, 16384
 MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH = 1024, 256
 MAX_IDS = 1 << 20
 MAX_BIASES = 1 << 14
@@ -119,7 +120,7 @@ class SamplingParams:
         2023).
     seed: makes a request repeatable, alone and in any batch; None takes one from torch's default generator.
     stop, stop_token_ids: texts and ids that end a request.
-    include_stop_str_in_output: keep the stop text that was found at the end of the text.
+    include_stop_str_in_output: keep what ended the request, the stop text or the stop token's, at the end of the text.
     bad_words: texts that are not generated: the token that would complete one is not chosen.
     ignore_eos: go on at the end of sequence.
     max_tokens: how many tokens to generate at most; None is up to the longest sequence.
@@ -198,6 +199,8 @@ class SamplingParams:
 
     def _check_lists(self) -> None:
         object.__setattr__(self, "stop", checked_texts("stop", self.stop, MAX_STOPS, MAX_STOP_LENGTH))
+        if (total := sum(map(len, self.stop))) > MAX_STOP_CHARACTERS:
+            raise OptionError("stop", f"texts of {total} characters", f"at most {MAX_STOP_CHARACTERS} in all")
         words = checked_texts("bad_words", self.bad_words, MAX_BAD_WORDS, MAX_BAD_WORD_LENGTH)
         object.__setattr__(self, "bad_words", words)
         object.__setattr__(self, "stop_token_ids", checked_ids("stop_token_ids", self.stop_token_ids, MAX_IDS))

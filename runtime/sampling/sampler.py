@@ -63,7 +63,8 @@ class Sampler:
         `found`: value and place of the first largest of each row's first `vocab_size` logits, where they are known.
 
         A row that cannot be sampled (NaN or infinite logits, nothing that may follow, a grammar that failed) gets an
-        error and accepts nothing; the others are not affected. Logits of another shape raise SamplingError.
+        error and accepts nothing; the others are not affected. Logits of another shape raise SamplingError. Whatever
+        else is raised, no row has accepted a token then, and may be tried again.
         """
         shape = logits.shape
         if len(shape) != 2 or shape[0] != len(states) or shape[1] < self.vocab_size:
@@ -146,7 +147,13 @@ class Sampler:
             if row in failed:
                 result.append(SamplingError(failed[row]))
                 continue
-            state.accept(token)
+            try:
+                state.accept(token)
+            except Exception as error:  # a grammar's, for one; rows before have accepted theirs
+                failure = SamplingError(f"token {token} could not be accepted: {error}")
+                failure.__cause__ = error
+                result.append(failure)
+                continue
             log = logs.get(row)
             if log is None:
                 result.append(Sampled(token))

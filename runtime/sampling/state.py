@@ -83,6 +83,7 @@ class SamplingState:
     __slots__ = (
         "_always_adjusted",
         "_random",
+        "_uniform",
         "allowed_ids",
         "bad_words",
         "biased_ids",
@@ -126,6 +127,7 @@ class SamplingState:
         if penalised or params.presence_penalty or params.frequency_penalty:
             self.counts = TokenCounts(prompt if penalised else ())
         self._random: np.random.Philox | None = None
+        self._uniform: float | None = None
         if not params.is_greedy:
             seed = params.seed if params.seed is not None else int(torch.randint(0, (1 << 63) - 1, ()))
             self._random = np.random.Philox(key=np.array([seed, stream], dtype=np.uint64))
@@ -152,16 +154,22 @@ class SamplingState:
     def accept(self, token: int) -> None:
         """Appends a generated token."""
         self.generated.append(token)
+        self._uniform = None
         if self.counts is not None:
             self.counts.add(token)
         if self.grammar is not None:
             self.grammar.accept(token)
 
     def uniform(self) -> float:
-        """The next random number of this sequence, in the open interval from 0 to 1, of 52 bits."""
+        """The random number of the next token, in the open interval from 0 to 1, of 52 bits; the same until `accept`.
+
+        So a choice that failed may be made again.
+        """
         if self._random is None:
             raise InputError("a greedy sequence has no random numbers")
-        return ((self._random.random_raw() >> 12) + 0.5) * 2.0**-52
+        if self._uniform is None:
+            self._uniform = ((self._random.random_raw() >> 12) + 0.5) * 2.0**-52
+        return self._uniform
 
     @property
     def is_early(self) -> bool:

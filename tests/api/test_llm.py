@@ -78,6 +78,9 @@ def test_a_stop_token_is_not_in_the_text() -> None:
     assert list(cut.outputs[0].token_ids) == ids[: count + 1]
     assert llm._model.codec is not None
     assert cut.outputs[0].text == llm._model.codec.decode(ids[:count])
+    (kept,) = llm.generate(PROMPT, GREEDY.replace(stop_token_ids=[end], include_stop_str_in_output=True))
+    assert kept.outputs[0].token_ids == cut.outputs[0].token_ids and kept.outputs[0].stop_reason == end
+    assert kept.outputs[0].text == llm._model.codec.decode(ids[: count + 1]) != cut.outputs[0].text
 
 
 def test_bad_paths_and_options() -> None:
@@ -152,6 +155,14 @@ def test_structured_outputs_bad_words_and_no_text() -> None:
     assert other.outputs[0].token_ids != whole.outputs[0].token_ids
     (bare,) = llm.generate(PROMPT, GREEDY.replace(detokenize=False))
     assert bare.outputs[0].text == "" and bare.outputs[0].token_ids == whole.outputs[0].token_ids
+
+
+def test_a_finished_structure_ends_before_the_least_number_of_tokens() -> None:
+    choice = StructuredOutputsParams(choice=("ab", "cd"))
+    params = SamplingParams(temperature=0.0, max_tokens=12, structured_outputs=choice)
+    (expected,), (early,) = (target_llm().generate(PROMPT, params.replace(min_tokens=least)) for least in (0, 6))
+    assert early.outputs == expected.outputs
+    assert early.outputs[0].text in ("ab", "cd") and early.outputs[0].finish_reason == "stop"
 
 
 def test_parameters_that_cannot_be_served() -> None:

@@ -352,6 +352,22 @@ def test_chat_templates_are_found(jinja: str | None, setting: Any, tmp_path: Pat
     assert expected.startswith("<|bos|>user: import os<|eos|>")
 
 
+@pytest.mark.parametrize(
+    "template",
+    [
+        "{{ messages[0] | tojson }}{{ messages | tojson(ensure_ascii=False) }}{{ messages | tojson(True, 2) }}",
+        "{{ messages[0] | tojson(indent=2, separators=(',', ':'), sort_keys=True) }}",
+        "{% set x = 1 %}{% for m in messages %}\n{% generation %}\n{% set x = 2 %}\n  {{ m.content }}{{ x }}\n"
+        "{% endgeneration %}\n{{ x }}{% endfor %}",
+    ],
+)
+def test_chat_templates_are_rendered_as_transformers_does(template: str, tmp_path: Path) -> None:
+    talk = [{"role": "user", "content": "<é>"}, {"role": "assistant", "content": "\u2028"}]
+    tokenizer = AutoTokenizer.from_pretrained(with_tokenizer(tmp_path / "model"))
+    expected = tokenizer.apply_chat_template(talk, chat_template=template, tokenize=False)
+    assert ChatTemplate(template).render(talk) == expected
+
+
 @pytest.mark.parametrize("add_bos", [True, False])
 def test_bos_is_added_as_transformers_does(add_bos: bool, tmp_path: Path) -> None:
     folder = with_tokenizer(tmp_path / "model", add_bos_token=add_bos)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import numpy as np
 import pytest
 import torch
 from models.zoo import VOCABULARY, build, greedy
@@ -237,3 +238,36 @@ def test_a_weight_with_another_memory_layout() -> None:
     weight.data = weight.data.t().contiguous().t()
     assert not weight.is_contiguous()
     assert greedy(model, row, NEW_TOKENS) == greedy(twin, row, NEW_TOKENS) == before
+
+
+class _ScaledNorm(nn.Module):
+    """Whose weight is read as `1 + weight`, a derived one."""
+
+    def __init__(self, weight: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.rms_norm(x, x.shape[-1:]) * (1 + self.weight)
+
+
+@pytest.mark.parametrize("assign", [False, True])
+@torch.no_grad()
+def test_new_weights_at_the_address_of_old_ones(assign: bool) -> None:
+    memory = np.zeros(16, np.float32)
+    module, x = _ScaledNorm(torch.from_numpy(memory)), torch.randn(3, 16)
+    compiled = torch.compile(module, backend="llmopt", options={"fallback": "error"})
+    for value in (0.0, 1.0, 2.0):
+        before = module.weight.data_ptr(), module.weight._version
+        if assign:
+            module.load_state_dict({"weight": torch.empty(16)}, assign=True)  # the old weight is gone now
+        else:
+            module.weight.data = torch.empty(16)
+        memory[:] = value
+        fresh = torch.from_numpy(memory)
+        if assign:
+            module.load_state_dict({"weight": fresh}, assign=True)
+        else:
+            module.weight.data = fresh
+        assert (module.weight.data_ptr(), module.weight._version) == before
+        torch.testing.assert_close(compiled(x), module(x), rtol=1e-5, atol=1e-5)

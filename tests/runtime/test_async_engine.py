@@ -9,7 +9,8 @@ import itertools
 import random
 import threading
 import time
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Coroutine, Iterator
 from contextlib import asynccontextmanager
 from typing import Any
 
@@ -25,9 +26,10 @@ from llmopt.engine import ModelEngine
 from llmopt.errors import EngineDeadError, InputError, QueueFullError, RequestError
 from llmopt.runtime.async_engine import AsyncEngine, _Stop
 from llmopt.runtime.engine_core import EngineCore
-from llmopt.runtime.generation import Job
+from llmopt.runtime.generation import Job, SequenceGroup
 from llmopt.runtime.output_stream import OutputStream, is_last
 from llmopt.runtime.request import Request
+from llmopt.runtime.snapshot import Delta
 
 GREEDY = SamplingParams(temperature=0.0, max_tokens=8)
 LONG = GREEDY.replace(max_tokens=40)
@@ -148,6 +150,39 @@ async def test_several_continuations_and_kinds_of_output() -> None:
         assert sum((c.logprobs or () for c in mine), ()) == completion.logprobs
         assert [c.finish_reason for c in mine] == [None] * (len(mine) - 1) + ["length"]
         assert all(c.token_ids for c in mine)
+
+
+class Watched(list[Any]):
+    """Counts the entries that are read of it."""
+
+    num_read = 0
+
+    def __getitem__(self, place: Any) -> Any:
+        found = super().__getitem__(place)
+        self.num_read += len(found) if isinstance(place, slice) else 1
+        return found
+
+    def __iter__(self) -> Iterator[Any]:
+        self.num_read += len(self)
+        return super().__iter__()
+
+
+def test_news_cost_what_is_new() -> None:
+    core = core_of()
+    group = SequenceGroup(core, Job([1, 2, 3], LONG.replace(logprobs=1, prompt_logprobs=1)))
+    request, delta, seen = group.start(deque()), Delta(), []
+    while core.has_unfinished:
+        core.step()
+        request.tokens, request.logprobs = lists = Watched(request.tokens), Watched(request.logprobs)
+        request.prompt_logprobs = prompt = Watched(request.prompt_logprobs)
+        snapshot = group.snapshot()
+        part = delta(snapshot)
+        assert part is not None and sum(each.num_read for each in (*lists, prompt)) <= 4 + 3 * (not seen)
+        seen.append(part.outputs[0])
+    whole = group.output().outputs[0]
+    assert sum((part.token_ids for part in seen), ()) == whole.token_ids == tuple(request.generated)
+    assert sum((part.logprobs or () for part in seen), ()) == whole.logprobs
+    assert seen[-1].cumulative_logprob == pytest.approx(sum(value for value, _ in request.logprobs))
 
 
 @in_loop

@@ -21,6 +21,7 @@ from llmopt.errors import InputError, QueueFullError, RequestError
 from llmopt.runtime.engine_core import MAX_SALT_LENGTH, EngineCore
 from llmopt.runtime.generation import Job, run_jobs
 from llmopt.runtime.request import Request
+from llmopt.runtime.sampling import SamplingState
 from llmopt.runtime.step_program import StepBatch, StepProgram
 
 MAX_LEN = 64
@@ -367,6 +368,42 @@ def test_an_exception_in_a_step_fails_whom_it_concerns(monkeypatch: pytest.Monke
     reference = reference_generate("llama", rows, 8)
     assert [requests[0].generated, requests[2].generated] == [reference[0], reference[2]]
     assert bad.generated == reference[1][:4]
+
+
+def test_a_fault_of_the_sampler_fails_whom_it_concerns(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The others draw the numbers that they would have drawn."""
+    rows = prompts([9, 6, 11])
+    params = SamplingParams(temperature=1.5, max_tokens=8)
+
+    def run(during: str) -> list[Request]:
+        core = core_of()
+        requests = [core.add_request(row, params.replace(seed=seed)) for seed, row in enumerate(rows)]
+        bad = requests[1].sampling_state
+
+        def uniform(state: SamplingState) -> float:
+            if state is bad and during == "draw" and len(bad.generated) == 3:
+                raise ValueError("an evil draw")
+            return draw(state)
+
+        def accept(state: SamplingState, token: int) -> None:
+            if state is bad and during == "accept" and len(bad.generated) == 3:
+                raise ValueError("an evil grammar")
+            take(state, token)
+
+        draw, take = SamplingState.uniform, SamplingState.accept
+        with monkeypatch.context() as patch:
+            patch.setattr(SamplingState, "uniform", uniform)
+            patch.setattr(SamplingState, "accept", accept)
+            finish(core)
+        return requests
+
+    expected = run("never")
+    for during in ("draw", "accept"):
+        found = run(during)
+        assert [request.finish_reason for request in found] == ["length", "error", "length"]
+        assert "evil" in str(found[1].error)
+        assert [found[i].generated for i in (0, 2)] == [expected[i].generated for i in (0, 2)]
+        assert found[1].generated == expected[1].generated[:3]
 
 
 def test_an_interrupt_leaves_everything_as_it_was(monkeypatch: pytest.MonkeyPatch) -> None:

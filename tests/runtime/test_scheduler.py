@@ -167,6 +167,43 @@ def test_a_better_priority_takes_the_seat_of_a_worse_one() -> None:
     check_outputs([*low, high])
 
 
+@pytest.mark.parametrize("seats", [2, 3])
+def test_nobody_is_preempted_for_a_request_that_does_not_fit_all_the_same(seats: int) -> None:
+    scheduler = make(20, max_num_seqs=seats, max_num_batched_tokens=64, max_model_len=80)
+    memory = Memory(scheduler)
+    large, low, high = request("large", 56, 20), request("low", 4, 6, priority=10), request("high", 40, 5)
+    scheduler.add(large)
+    scheduler.add(low)
+    step(scheduler, memory)
+    scheduler.add(high)
+    step(scheduler, memory)
+    # Nor is each step planned again for it.
+    decoding = scheduler.decoding
+    assert scheduler.decodes_on(decoding) and decoding == [large, low]
+    while low.status is Status.RUNNING:
+        step(scheduler, memory)
+    assert not scheduler.decodes_on(decoding)
+    finish(scheduler, memory)
+    assert scheduler.counters.num_preemptions == 0
+    check_outputs([large, low, high])
+
+
+def test_a_seat_and_pages_are_taken_together() -> None:
+    """A victim's pages, and those that it would have grown to, are just enough."""
+    scheduler = make(8, max_num_seqs=2)
+    memory = Memory(scheduler)
+    first, low = request("first", 3, 12), request("low", 8, 12, priority=5)
+    scheduler.add(first)
+    scheduler.add(low)
+    step(scheduler, memory)
+    high = request("high", 20, 4)
+    scheduler.add(high)
+    step(scheduler, memory)
+    assert high.status is Status.RUNNING and low.num_preempted == 1
+    finish(scheduler, memory)
+    check_outputs([first, low, high])
+
+
 def test_ends() -> None:
     scheduler = make(eos_token_ids=frozenset({expected([1, 2], 3)[2]}))
 

@@ -125,8 +125,23 @@ def test_a_step_finds_the_largest_logits() -> None:
             assert found is not None
             assert found == (logits.amax(-1).tolist(), logits.argmax(-1).tolist())
         assert program.largest(logits.clone()) is None
-    unlent = program(batch, cache)
-    assert program.largest(unlent) is None and program.largest(logits) is None
+
+
+def test_the_largest_logits_stay_while_others_use_the_program() -> None:
+    """As the lent logits do: a beam search may step between the engine's step and its choice of tokens."""
+    program, cache, _ = _ready()
+    blocks = cache.allocate(64)
+    mine, others = (
+        StepBatch.build([tokens], [0], [blocks], program.block_size, all_logits=True)
+        for tokens in ([5, 3, 8], list(range(20, 60)))
+    )
+    for _ in range(2):  # at first taken in, then made again
+        logits = program(mine, cache, lend=True)
+        expected = logits.amax(-1).tolist(), logits.argmax(-1).tolist()
+        unlent = program(others, program.new_cache(64))
+        assert program.largest(unlent) is None
+        assert program.largest(logits) == expected
+        assert expected == (logits.amax(-1).tolist(), logits.argmax(-1).tolist())
 
 
 @pytest.mark.parametrize("prompt_embeds", [False, True])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -11,6 +12,7 @@ from models.target import FOLDER
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from llmopt.huggingface import load_tokenizer
+from llmopt.runtime.stop_texts import StopTexts
 from llmopt.runtime.text import REPLACEMENT, IncrementalText, TextCodec
 
 TEXTS = (
@@ -209,6 +211,41 @@ def test_stop_strings_do_not_depend_on_tokens(text: str, stops: list[str], inclu
             break
     assert shown + stream.finish() == stream.text == expected
     assert stream.stopped_by == by
+
+
+@settings(max_examples=200, deadline=None)
+@given(
+    texts=st.lists(st.text("ab", min_size=1, max_size=5), max_size=4, unique=True),
+    whole=st.text("abc", max_size=20),
+)
+def test_stop_texts_are_those_of_their_definition(texts: list[str], whole: str) -> None:
+    stops, state = StopTexts(texts), 0
+    for end, character in enumerate(whole, 1):
+        state, read = stops.step(state, character), whole[:end]
+        assert stops.found(state) == max((text for text in texts if read.endswith(text)), key=len, default="")
+        begun = {text[:n] for text in texts for n in range(1, len(text))}
+        assert stops.num_open(state) == max((len(each) for each in begun if read.endswith(each)), default=0)
+
+
+def test_many_long_stop_texts_cost_a_step_for_each_character() -> None:
+    """They differ only at their ends, and the text is the beginning of all of them again and again."""
+    stops = StopTexts([f"{'a' * 60}{number}" for number in range(256)])
+    step, num_steps = stops._next.get, 0
+
+    class Counting(dict[tuple[int, str], int]):
+        def get(self, *place: Any) -> Any:
+            nonlocal num_steps
+            num_steps += 1
+            return step(*place)
+
+    stops._next = Counting(stops._next)
+    stream = IncrementalText(codec(), stop=stops)
+    text = ("a" * 60 + "b") * 20
+    for token in ids_of(text):
+        stream.push(token)
+        stream.take()
+    assert stream.finish() == "" and stream.text == text
+    assert num_steps <= 2 * len(text)
 
 
 def test_bytes_that_are_no_text_are_not_held_for_ever() -> None:
