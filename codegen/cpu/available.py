@@ -1,4 +1,4 @@
-"""How many CPUs this process may keep busy: those that its threads may run on, within the quotas of its control groups."""
+"""How many CPUs this process may keep busy: those that its threads may run on, within its control groups' quotas."""
 
 from __future__ import annotations
 

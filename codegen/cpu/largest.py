@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import logging
+import threading
 from dataclasses import replace
 from typing import Any
 
@@ -58,6 +59,8 @@ class LargestKernel:
 
     Raises ToolchainError where kernels cannot be compiled.
     """
+
+    _lock: threading.Lock
 
     def __init__(self, dtype: torch.dtype) -> None:
         operands, ints = tuple(map(TensorOperand, range(3))), tuple((SYMBOL, i) for i in range(3))

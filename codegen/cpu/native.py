@@ -155,6 +155,8 @@ class NativePlan:
     Raises ToolchainError for a library that this machine cannot load, whoever compiled it.
     """
 
+    _lock: threading.Lock
+
     def __init__(self, library: Path, calls: Sequence[NativeCall], scratch: Scratch | None = None) -> None:
         try:
             self._library = ctypes.CDLL(str(library))

@@ -1,9 +1,10 @@
 """The cache of what was compiled: one file each, named by its maker after a hash of all that went into it.
 
-The folder is this user's own: made with mode 0700, or one that nobody else owns or may write to. A file is written to a temporary name and renamed, so that any
-number of processes may write at once and none sees half a file, and it ends with a digest of its content, so that
-damage is noticed (what follows an ELF file's last section, linkers and loaders ignore). A cache that cannot be used
-costs time, never correctness: llmopt warns and keeps the objects in a temporary folder of this process.
+The folder is this user's own: made with mode 0700, or one that nobody else owns or may write to. A file is written to
+a temporary name and renamed, so that any number of processes may write at once and none sees half a file, and it ends
+with a digest of its content, so that damage is noticed (what follows an ELF file's last section, linkers and loaders
+ignore). A cache that cannot be used costs time, never correctness: llmopt warns and keeps the objects in a temporary
+folder of this process.
 """
 
 from __future__ import annotations

@@ -36,7 +36,8 @@ def test_bound_threads_count_all_their_places(places: str) -> None:
     cpus = sorted(os.sched_getaffinity(0))
     own, available, threads = run_python(
         "import os, torch; (torch.randn(300, 300) @ torch.randn(300, 300)).sin().sum();"
-        "from llmopt.codegen.cpu.native import default_threads; from llmopt.codegen.cpu.available import available_cpus;"
+        "from llmopt.codegen.cpu.native import default_threads;"
+        "from llmopt.codegen.cpu.available import available_cpus;"
         "print(len(os.sched_getaffinity(0)), available_cpus(), default_threads())",
         OMP_NUM_THREADS="2",
         OMP_PROC_BIND="close",

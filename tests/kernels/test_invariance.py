@@ -82,7 +82,7 @@ def test_rows_and_their_epilogue_fit_the_scratch(dtype: torch.dtype) -> None:
         assert 0 < int(taken) <= SCRATCH_BYTES
 
 
-@pytest.mark.parametrize("templates", itertools.permutations(("linear", "grouped_linear")), ids=" ".join)
+@pytest.mark.parametrize("templates", [*itertools.permutations(("linear", "grouped_linear"))], ids=" ".join)
 def test_kernels_of_one_library(templates: tuple[str, ...]) -> None:
     """They share functions, of which the linker keeps one: whichever it is, every kernel's rows are independent."""
     arguments = {"linear": ("float",), "grouped_linear": ("float", "std::int64_t")}
