@@ -111,9 +111,20 @@ def _rows(node: Node) -> tuple[Expr, Expr] | str:
     return rows if rows is not None else f"rows of {list(tensor(node).shape)} are not evenly spaced"
 
 
+def _differ(given: Sequence[Expr], wanted: Sequence[Expr]) -> bool:
+    """Whether sizes differ so that one is repeated along the other, or nothing fits.
+
+    Two symbols may stand for one number: that they are equal is what PyTorch checks where the op was traced.
+    """
+    pairs = zip(given, wanted, strict=False)
+    return len(given) != len(wanted) or any(
+        a != b and (1 in (a, b) or (a.is_Integer and b.is_Integer)) for a, b in pairs
+    )
+
+
 def _is_row(values: Node | None, size: Expr) -> bool:
     """Whether an optional operand is what a kernel reads as `size` numbers, one behind the other."""
-    return values is None or (layout(values).sizes == (size,) and layout(values).is_contiguous)
+    return values is None or (not _differ(layout(values).sizes, (size,)) and layout(values).is_contiguous)
 
 
 def plan_linear(node: Node, result: Node | None = None) -> Plan:
@@ -398,7 +409,8 @@ def plan_attention(node: Node) -> Plan:
         mask_strides = [sympy.Integer(0)] * (4 - len(mask_strides)) + mask_strides
     batch, length, heads, size = layouts[0].sizes
     keys, groups, value_size = layouts[1].sizes[1], layouts[1].sizes[2], layouts[2].sizes[3]
-    if layouts[1].sizes != (batch, keys, groups, size) or layouts[2].sizes != (batch, keys, groups, value_size):
+    shapes = ((batch, keys, groups, size), (batch, keys, groups, value_size))
+    if any(_differ(t.sizes, shape) for t, shape in zip(layouts[1:3], shapes, strict=True)):
         return "queries, keys and values differ in batch, length or heads"
     if not _fit_heads(size, value_size):
         return f"heads of symbolic size, or larger than {MAX_HEAD_SIZE}"
