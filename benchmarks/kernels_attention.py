@@ -40,7 +40,7 @@ def measure(
     table = order.int()[None].contiguous()
     starts, lengths = torch.tensor([0, queries], dtype=torch.int32), torch.tensor([context], dtype=torch.int32)
     source = f'#include "attention.h"\nLLMOPT_KERNEL(bench) {{ llmopt::attention<{CPP_TYPE[dtype]}>(args, worker); }}\n'
-    ints = [1, heads, groups, dim, dim, BLOCK_SIZE, blocks, heads * dim, dim, heads * dim, dim, 0, queries]
+    ints = [1, heads, groups, dim, dim, BLOCK_SIZE, blocks, heads * dim, dim, heads * dim, dim, 0, queries, blocks]
     tensors = [q, table, starts, lengths, out, *(cache[i] for cache in caches for i in (0, 1))]
     calls = [
         NativeCall(

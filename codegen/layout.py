@@ -52,9 +52,9 @@ class Layout:
     def levels(self, keep: int) -> list[tuple[Expr, Expr]] | None:
         """(size, stride) of the leading dimensions, all but the last `keep`, merged as far as memory allows.
 
-        Outermost first; dimensions of size 1 vanish. None when the last kept dimension is not dense.
+        Outermost first; dimensions of size 1 vanish. None when the last kept dimension is missing or not dense.
         """
-        if keep and self.sizes[-1] != 1 and self.strides[-1] != 1:
+        if len(self.sizes) < keep or (keep and self.sizes[-1] != 1 and self.strides[-1] != 1):
             return None
         merged: list[tuple[Expr, Expr]] = []
         lead = len(self.sizes) - keep

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from llmopt.codegen.cpu.huge_pages import move_to_huge_pages
-from llmopt.codegen.cpu.native import ABSENT, NativeCall, NativePlan, TensorOperand, team_size
+from llmopt.codegen.cpu.native import ABSENT, NativeCall, NativePlan, Scratch, TensorOperand, team_size
 from llmopt.codegen.cpu.templates import source_of
 from llmopt.codegen.cpu.toolchain import build_library
 from llmopt.codegen.index import Index, add, evaluate, to_postfix
@@ -132,12 +132,13 @@ class Executable:
         sources = [kernel_source(spec, program.batch_invariant) for spec in wanted]
         library = build_library(sources) if sources else None
         entries = [kernel_entry(spec) for spec in program.kernels]
+        scratch = Scratch()  # they run one after the other
         steps: list[Any] = []
         pending: list[NativeCall] = []
 
         def flush() -> None:
             if pending and library is not None:
-                steps.append(NativePlan(library, list(pending)))
+                steps.append(NativePlan(library, list(pending), scratch))
                 pending.clear()
 
         for step in program.steps:

@@ -27,7 +27,7 @@ from llmopt.runtime import step_json
 from llmopt.runtime.step_program import StepProgram
 
 FORMAT = "llmopt-program"
-VERSION = 4
+VERSION = 5
 # Entries of the safetensors metadata: the description, and the digest that tells damage from design.
 DESCRIPTION, CHECKSUM = "llmopt", "llmopt.sha256"
 

@@ -45,7 +45,7 @@ def _environment() -> dict[str, Any]:
     found["instruction set"] = host_level().name
     try:
         compiler = find_compiler()
-        found["compiler"] = f"{compiler.path}, {compiler.version}"
+        found["compiler"] = f"{' '.join(compiler.command)}, {compiler.version}"
     except ToolchainError as error:
         found["compiler"] = f"none: {error}"
     folder = cache_folder()

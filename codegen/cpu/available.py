@@ -1,4 +1,4 @@
-"""How many CPUs this process may keep busy: those of its affinity mask, within the quotas of its control groups."""
+"""How many CPUs this process may keep busy: those that its threads may run on, within its control groups' quotas."""
 
 from __future__ import annotations
 
@@ -8,12 +8,17 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
+from llmopt.codegen.cpu.openmp import bound_cpus
+
 _CGROUPS = Path("/sys/fs/cgroup")
 
 
 def available_cpus() -> int:
-    """CPUs of the affinity mask, or fewer where a control group (v1 or v2) grants less time; at least 1."""
-    allowed, granted = len(os.sched_getaffinity(0)), _granted_cpus()
+    """CPUs of the affinity mask, or fewer where a control group (v1 or v2) grants less time; at least 1.
+
+    Where the OpenMP runtime binds each thread to a place of its own, the CPUs of all places count.
+    """
+    allowed, granted = bound_cpus() or len(os.sched_getaffinity(0)), _granted_cpus()
     return allowed if granted is None else max(1, min(allowed, math.ceil(granted)))
 
 

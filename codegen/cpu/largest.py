@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from llmopt.codegen.cpu.native import SYMBOL, NativeCall, NativePlan, TensorOperand
+from llmopt.codegen.cpu.native import SYMBOL, NativeCall, NativePlan, TensorOperand, make_lock
 from llmopt.codegen.cpu.templates import FLOATS
 from llmopt.codegen.cpu.toolchain import build_library
 from llmopt.codegen.program import KernelCall, KernelSpec, Operand, Program, Value, View
@@ -60,12 +60,14 @@ class LargestKernel:
     Raises ToolchainError where kernels cannot be compiled.
     """
 
+    _lock: threading.Lock
+
     def __init__(self, dtype: torch.dtype) -> None:
         operands, ints = tuple(map(TensorOperand, range(3))), tuple((SYMBOL, i) for i in range(3))
         call = NativeCall(f"largest_{str(dtype).removeprefix('torch.')}", operands, ints, ())
         self._plan = NativePlan(build_library([_SOURCE]), [call])
         self._itemsize = dtype.itemsize
-        self._lock = threading.Lock()
+        make_lock(self)
         self._bases, self._sizes = np.zeros(3, np.int64), np.zeros(3, np.int64)
         # Numbers are written and read through these: a call of NumPy costs more than all of them.
         self._address, self._shape = self._bases.data, self._sizes.data
@@ -74,8 +76,8 @@ class LargestKernel:
 
     def _make_room(self, rows: int) -> None:
         values, places = np.empty(rows, np.float32), np.empty(rows, np.int64)
-        self._values, self._places, self._room = values.data, places.data, rows
         self._bases[1:] = values.ctypes.data, places.ctypes.data
+        self._values, self._places, self._room = values.data, places.data, rows
 
     def __call__(self, address: int, rows: int, columns: int, stride: int) -> tuple[list[float], list[int]]:
         """Value and place of the first largest element of each row; a NaN is larger than all.

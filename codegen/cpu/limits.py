@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 
@@ -82,7 +83,9 @@ def kernel_plan(
     plan = NativePlan(build_library([source]), [call])
     default = [0 if t is None else t.data_ptr() for t in tensors]
 
-    def run(other: Sequence[torch.Tensor | None] | None = None, threads: int | None = None) -> None:
+    def run(
+        other: Sequence[torch.Tensor | None] | None = None, threads: int | None = None, _kept: Any = tensors
+    ) -> None:
         bases = default if other is None else [0 if t is None else t.data_ptr() for t in other]
         plan.run(bases, [], threads)
 
@@ -99,12 +102,14 @@ class Limits:
         threads = threads or torch.get_num_threads()
         self.bytes = megabytes << 20
         self._data = torch.ones(self.bytes // 4, dtype=torch.int32)
-        self._sink = torch.zeros(64 * 16)
+        self._sink = torch.zeros(threads, max(_LANES.values()))
         self._read = kernel_plan(_PROBES, "read_memory", [self._data, self._sink], [self.bytes])
         self._fma = kernel_plan(_PROBES, "multiply_add", [self._sink], [_ITERATIONS])
         self._dot = kernel_plan(_PROBES, "multiply_add_bfloat16", [self._sink], [_ITERATIONS])
         self._threads = threads
-        self.flop = 2 * _LANES[host_level().name] * _CHAINS * _ITERATIONS * threads
+        self.multiply_add()
+        given = int(self._sink.flatten()[:: _LANES[host_level().name]].count_nonzero())  # each worker wrote its vector
+        self.flop = 2 * _LANES[host_level().name] * _CHAINS * _ITERATIONS * given
 
     def read(self) -> None:
         self._read(threads=self._threads)

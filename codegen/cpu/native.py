@@ -7,8 +7,10 @@ from __future__ import annotations
 
 import ctypes
 import functools
+import logging
 import os
 import threading
+import weakref
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -18,8 +20,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from llmopt.codegen.cpu import openmp
 from llmopt.codegen.cpu.available import available_cpus
 from llmopt.compiler.errors import LlmoptError, ToolchainError
+
+log = logging.getLogger(__name__)
 
 SCRATCH_BYTES = 4 << 20  # kScratchBytes of kernels/abi.h
 
@@ -85,30 +90,24 @@ class _Run(ctypes.Structure):
     )
 
 
-@functools.cache
-def _openmp() -> tuple[int, int]:
-    """Addresses of GOMP_parallel and omp_get_num_threads in the OpenMP runtime that PyTorch loaded."""
-    torch.get_num_threads()
-    for line in Path("/proc/self/maps").read_text("utf-8").splitlines():
-        path = line.split(maxsplit=5)[-1]
-        if any(name in Path(path).name for name in ("libgomp", "libiomp5", "libomp")):
-            library = ctypes.CDLL(path)
-            return tuple(  # type: ignore[return-value]
-                ctypes.cast(getattr(library, name), ctypes.c_void_p).value
-                for name in ("GOMP_parallel", "omp_get_num_threads")
-            )
-    raise ToolchainError("PyTorch was built without OpenMP; llmopt's CPU programs need its thread pool")
-
-
 _forked = False
+_lock_owners: weakref.WeakSet[Any] = weakref.WeakSet()
 
 
 def _after_fork() -> None:
     global _forked
     _forked = True
+    for owner in list(_lock_owners):
+        owner._lock = threading.Lock()
 
 
 os.register_at_fork(after_in_child=_after_fork)
+
+
+def make_lock(owner: Any) -> None:
+    """Sets `owner._lock`, which a forked child finds open, whoever held it in the parent."""
+    owner._lock = threading.Lock()
+    _lock_owners.add(owner)
 
 
 def default_threads() -> int:
@@ -116,7 +115,15 @@ def default_threads() -> int:
 
     Workers wait for one another by spinning, so threads beyond the CPUs would cost time.
     """
-    return min(torch.get_num_threads(), available_cpus())
+    wanted, granted = torch.get_num_threads(), available_cpus()
+    if wanted > granted:
+        _report_fewer(wanted, granted)
+    return min(wanted, granted)
+
+
+@functools.cache  # once
+def _report_fewer(wanted: int, granted: int) -> None:
+    log.info("kernels run on %d threads, not on PyTorch's %d: the process is granted no more CPUs", granted, wanted)
 
 
 def team_size(threads: int | None) -> int:
@@ -125,21 +132,40 @@ def team_size(threads: int | None) -> int:
     return 1 if _forked else threads or default_threads()
 
 
+class Scratch:
+    """Working memory of kernels for one run at a time. It grows, and no part of it goes before the whole."""
+
+    def __init__(self) -> None:
+        self._parts: list[np.ndarray[Any, np.dtype[np.uint8]]] = []
+        self._threads, self._address = 0, 0
+
+    def address(self, threads: int) -> int:
+        """Where the memory of so many threads is; what was given for fewer remains valid."""
+        if threads > self._threads:
+            self._parts.append(np.empty(SCRATCH_BYTES * threads + 64, np.uint8))
+            self._address, self._threads = self._parts[-1].ctypes.data + 63 & ~63, threads
+        return self._address
+
+
 class NativePlan:
     """An encoded list of calls, bound to the entries of one library. Runs are serialised by a lock.
+
+    Plans of which never two run at once may share a `scratch`.
 
     Raises ToolchainError for a library that this machine cannot load, whoever compiled it.
     """
 
-    def __init__(self, library: Path, calls: Sequence[NativeCall]) -> None:
+    _lock: threading.Lock
+
+    def __init__(self, library: Path, calls: Sequence[NativeCall], scratch: Scratch | None = None) -> None:
         try:
             self._library = ctypes.CDLL(str(library))
         except OSError as error:
             raise ToolchainError(f"the compiled kernels cannot be loaded: {error}; delete {library}") from error
         self.entries = [call.entry for call in calls]
         self.labels = [call.label or call.entry for call in calls]
-        self._lock = threading.Lock()
-        self._scratch, self._most_threads = np.empty(0, np.uint8), 0
+        make_lock(self)
+        self._scratch = scratch or Scratch()
 
         expressions: dict[tuple[int, ...], int] = {}
         number = lambda code: expressions.setdefault(tuple(code), len(expressions))  # noqa: E731
@@ -195,7 +221,7 @@ class NativePlan:
 
         For what runs again and again: a call of it touches little memory, which a step has put out of the caches.
         """
-        given = _Run(ctypes.addressof(self._plan), bases.ctypes.data, symbols.ctypes.data, *_openmp(), 0)
+        given = _Run(ctypes.addressof(self._plan), bases.ctypes.data, symbols.ctypes.data, *openmp.entries(), 0)
         address, known = ctypes.addressof(given), 0  # what `given` says of threads: to ask it would cost more
 
         def run(threads: int | None, _kept: Any = (bases, symbols)) -> None:
@@ -203,7 +229,7 @@ class NativePlan:
             with self._lock:
                 team = team_size(threads)
                 if team != known:
-                    self._ensure_scratch(team)
+                    self._plan.scratch = self._scratch.address(team)
                     given.threads = known = team
                 status = self._entry(address)
                 if status:
@@ -223,24 +249,20 @@ class NativePlan:
         base_array, symbol_array = np.ascontiguousarray(bases, np.int64), np.ascontiguousarray(symbols, np.int64)
         team = team_size(threads)
         with self._lock:
-            self._ensure_scratch(team)
+            self._plan.scratch = self._scratch.address(team)
             for number, label in enumerate(self.labels):
                 part = _Plan.from_buffer_copy(self._plan)
                 part.num_calls = 1
                 part.calls += number * row
                 if part.seconds:
                     part.seconds += number * self.seconds.strides[0]
-                given = _Run(ctypes.addressof(part), base_array.ctypes.data, symbol_array.ctypes.data, *_openmp(), team)
+                given = _Run(
+                    ctypes.addressof(part), base_array.ctypes.data, symbol_array.ctypes.data, *openmp.entries(), team
+                )
                 with span(label):
                     status = self._entry(ctypes.addressof(given))
                 if status:
                     raise self._failure(status, number)
-
-    def _ensure_scratch(self, threads: int) -> None:
-        if threads > self._most_threads:
-            self._scratch = np.empty(SCRATCH_BYTES * threads + 64, np.uint8)
-            self._plan.scratch = self._scratch.ctypes.data + 63 & ~63
-            self._most_threads = threads
 
     def _failure(self, status: int, first: int = 0) -> KernelError:
         """The error of a run that gave a status other than 0; `first` is the number of its first call."""

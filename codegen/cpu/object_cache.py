@@ -1,9 +1,10 @@
 """The cache of what was compiled: one file each, named by its maker after a hash of all that went into it.
 
-The folder is this user's own (0700, ownership checked). A file is written to a temporary name and renamed, so that any
-number of processes may write at once and none sees half a file, and it ends with a digest of its content, so that
-damage is noticed (what follows an ELF file's last section, linkers and loaders ignore). A cache that cannot be used
-costs time, never correctness: llmopt warns and keeps the objects in a temporary folder of this process.
+The folder is this user's own: made with mode 0700, or one that nobody else owns or may write to. A file is written to
+a temporary name and renamed, so that any number of processes may write at once and none sees half a file, and it ends
+with a digest of its content, so that damage is noticed (what follows an ELF file's last section, linkers and loaders
+ignore). A cache that cannot be used costs time, never correctness: llmopt warns and keeps the objects in a temporary
+folder of this process.
 """
 
 from __future__ import annotations
@@ -65,8 +66,8 @@ def _usable(folder: Path) -> bool:
         status = folder.stat()
         if status.st_uid != os.getuid():
             raise PermissionError(f"{folder} belongs to another user")
-        if stat.S_IMODE(status.st_mode) & 0o077:
-            folder.chmod(0o700)
+        if status.st_mode & (stat.S_IWGRP | stat.S_IWOTH):
+            raise PermissionError(f"others may write to {folder}; name one of your own, or run chmod go-w on it")
         if os.statvfs(folder).f_flag & os.ST_NOEXEC:
             raise PermissionError(f"{folder} is on a file system from which nothing may be executed")
         with tempfile.TemporaryFile(dir=folder):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 from torch.fx.node import Node
@@ -13,8 +14,17 @@ from llmopt.codegen.layout import layout
 from llmopt.codegen.program import KernelSpec
 from llmopt.compiler.errors import InputError
 
-# What computed an op before a kernel was registered for it, None for loops or ATen.
-_EARLIER: dict[Any, Callable[[Node], Plan | None] | None] = {}
+
+@dataclass(frozen=True)
+class _Registered:
+    template: str
+    plan: Callable[[Node], Plan]
+
+
+# The kernels that are registered for each op; the last one computes it.
+_REGISTERED: dict[Any, list[_Registered]] = {}
+# What computes such an op without them, None for loops or ATen.
+_BUILT_IN: dict[Any, Callable[[Node], Plan | None] | None] = {}
 _NAME = re.compile(r"[a-z][a-z0-9_]{0,62}", re.ASCII)
 
 
@@ -29,8 +39,8 @@ def register_kernel(op: Any, template: str, source: str, plan: Callable[[Node], 
         plan: takes the graph node and returns the kernel calls (`PlannedCall`), or the reason why the kernel cannot
             take this one; then a fused loop or ATen computes it and `explain` shows the reason.
 
-    A kernel that is registered again for the same op replaces the earlier one. Raises InputError for a template name
-    that is not lower case with underscores or belongs to a kernel of llmopt.
+    The latest kernel that is registered for an op computes it; one of the same name is replaced. Raises InputError for
+    a template name that is not lower case with underscores, or belongs to a kernel of llmopt or of another op.
     """
     if not _NAME.fullmatch(template):
         raise InputError(f"a template's name is lower case with underscores, got {template!r}")
@@ -38,24 +48,35 @@ def register_kernel(op: Any, template: str, source: str, plan: Callable[[Node], 
         raise InputError(f"{template!r} is a kernel of llmopt; choose another name")
     if not callable(plan):
         raise InputError(f"plan takes a node and returns calls or a reason, got {plan!r}")
-    if op not in _EARLIER:
-        _EARLIER[op] = PLANNERS.get(op)
+    owner = next((o for o, kernels in _REGISTERED.items() if any(k.template == template for k in kernels)), op)
+    if owner is not op:
+        raise InputError(f"{template!r} is registered for {owner}; choose another name")
+    if op not in _BUILT_IN:
+        _BUILT_IN[op] = PLANNERS.get(op)
     REGISTERED_SOURCES[template] = source
+    others = [k for k in _REGISTERED.get(op, []) if k.template != template]
+    _REGISTERED[op] = [*others, _Registered(template, plan)]
     PLANNERS[op] = plan
 
 
 def unregister_kernel(op: Any, template: str) -> None:
-    """Takes a registered kernel out again: what computed the op before does so from now on.
+    """Takes a registered kernel out again: the latest other one of the op computes it then, or what did before all.
 
-    Raises InputError if there is none of this name.
+    Raises InputError if the op has none of this name.
     """
-    if template not in REGISTERED_SOURCES:
-        raise InputError(f"no registered kernel is named {template!r}: {sorted(REGISTERED_SOURCES)}")
+    kernels = _REGISTERED.get(op, [])
+    left = [k for k in kernels if k.template != template]
+    if len(left) == len(kernels):
+        raise InputError(f"no kernel of {op} is named {template!r}: {[k.template for k in kernels]}")
     del REGISTERED_SOURCES[template]
-    PLANNERS.pop(op, None)
-    earlier = _EARLIER.pop(op, None)
-    if earlier is not None:
-        PLANNERS[op] = earlier
+    if left:
+        _REGISTERED[op] = left
+        PLANNERS[op] = left[-1].plan
+        return
+    del _REGISTERED[op], PLANNERS[op]
+    built_in = _BUILT_IN.pop(op)
+    if built_in is not None:
+        PLANNERS[op] = built_in
 
 
 __all__ = ["FLOATS", "KernelSpec", "Plan", "PlannedCall", "layout", "register_kernel", "unregister_kernel"]

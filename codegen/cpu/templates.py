@@ -15,6 +15,7 @@ import sympy
 import torch
 from torch.fx.node import Node
 
+from llmopt.codegen.cpu.toolchain import headers_of
 from llmopt.codegen.layout import Layout, layout
 from llmopt.codegen.program import KernelSpec
 from llmopt.compiler.graph import aten, is_op, tensor, to_expr
@@ -110,6 +111,22 @@ def _rows(node: Node) -> tuple[Expr, Expr] | str:
     return rows if rows is not None else f"rows of {list(tensor(node).shape)} are not evenly spaced"
 
 
+def _differ(given: Sequence[Expr], wanted: Sequence[Expr]) -> bool:
+    """Whether sizes differ so that one is repeated along the other, or nothing fits.
+
+    Two symbols may stand for one number: that they are equal is what PyTorch checks where the op was traced.
+    """
+    pairs = zip(given, wanted, strict=False)
+    return len(given) != len(wanted) or any(
+        a != b and (1 in (a, b) or (a.is_Integer and b.is_Integer)) for a, b in pairs
+    )
+
+
+def _is_row(values: Node | None, size: Expr) -> bool:
+    """Whether an optional operand is what a kernel reads as `size` numbers, one behind the other."""
+    return values is None or (not _differ(layout(values).sizes, (size,)) and layout(values).is_contiguous)
+
+
 def plan_linear(node: Node, result: Node | None = None) -> Plan:
     """llmopt::linear over weight segments; `result` is where the product is written, when not to its own memory."""
     x, weights, biases = node.args
@@ -128,8 +145,10 @@ def plan_linear(node: Node, result: Node | None = None) -> Plan:
     for weight in (*weights, *(b for b in biases if b is not None)):
         if not layout(weight).is_contiguous:
             return "a weight is not contiguous"
-    segments = [t for pair in zip(weights, biases, strict=True) for t in pair]
     sizes = [to_expr(tensor(w).shape[0]) for w in weights]
+    if any(not _is_row(b, n) for b, n in zip(biases, sizes, strict=True)):
+        return "a bias is not one number for each column"
+    segments = [t for pair in zip(weights, biases, strict=True) for t in pair]
     ints = (source[0], to_expr(tensor(x).shape[-1]), source[1], target[1], len(sizes), *sizes)
     absorbs = () if result is None else (node,)
     return [PlannedCall(KernelSpec("linear", (dtype,)), (x, out, *segments), ints, (), (out,), absorbs)]
@@ -237,6 +256,9 @@ def _plan_norm(node: Node, x: Node, residual: Node | None, rest: tuple[Any, ...]
     weight_dtype = _float(weight) if weight is not None else dtype
     if dtype is None or weight_dtype is None or (bias is not None and _float(bias) != weight_dtype):
         return "dtypes of input, weight and bias are not supported together"
+    cols = to_expr(tensor(x).shape[-1])
+    if not _is_row(weight, cols) or not _is_row(bias, cols):
+        return "weight or bias is not one number for each column, one behind the other"
     source = layout(x).two_levels()
     if source is None:
         return f"rows of {list(tensor(x).shape)} are not evenly spaced"
@@ -245,7 +267,6 @@ def _plan_norm(node: Node, x: Node, residual: Node | None, rest: tuple[Any, ...]
     if out is None:
         return "the normalised value is not used"
     # The output is fresh: contiguous in the input's order of rows.
-    cols = to_expr(tensor(x).shape[-1])
     target = layout(out).two_levels()
     if target is None or target[:2] != source[:2]:
         outer, inner = source[:2]
@@ -311,9 +332,9 @@ def plan_rope(node: Node) -> Plan:
     return [PlannedCall(kernel, (x, cos, sin, node), ints, (), (node,))]
 
 
-def _per_head(values: Node | None) -> bool:
+def _per_head(values: Node | None, heads: Expr) -> bool:
     """Whether an optional number per head is what the attention kernels read."""
-    return values is None or (tensor(values).dtype == torch.float32 and layout(values).is_contiguous)
+    return values is None or (tensor(values).dtype == torch.float32 and _is_row(values, heads))
 
 
 def _fit_heads(*sizes: Expr) -> bool:
@@ -331,8 +352,10 @@ def plan_paged_attention(node: Node) -> Plan:
         return "queries, keys and values differ in dtype"
     if any(tensor(t).dtype != stored for t in (k_cache, v_cache)):
         return f"the cache is not {stored}"
-    if not _per_head(slopes) or not _per_head(sinks):
-        return "slopes or sinks are not contiguous float32"
+    if not all(_per_head(t, to_expr(tensor(q).shape[-2])) for t in (slopes, sinks)):
+        return "slopes or sinks are not a contiguous float32 for each head"
+    if not all(layout(t).is_contiguous for t in (k_cache, v_cache, slots, tables, starts, lengths)):
+        return "the cache or the batch's description is not contiguous"
     places = [p for p in map(_tokens_heads, (q, k, v, node)) if not isinstance(p, str)]
     if len(places) < 4:
         return "tokens are not evenly spaced"
@@ -355,7 +378,7 @@ def plan_paged_attention(node: Node) -> Plan:
         (q, k_cache, v_cache, tables, starts, lengths, node, slopes, sinks),
         (
             *(sequences, heads, groups, size, value_size, block_size, width),
-            *(*q_strides, *out_strides, window, tokens),
+            *(*q_strides, *out_strides, window, tokens, blocks),
         ),
         (float(scale), float(softcap)),
         (node,),
@@ -366,8 +389,8 @@ def plan_paged_attention(node: Node) -> Plan:
 def plan_attention(node: Node) -> Plan:
     """llmopt::attention over contiguous keys."""
     q, k, v, mask, causal, scale, softcap, window, slopes, sinks = node.args
-    if not _per_head(slopes) or not _per_head(sinks):
-        return "slopes or sinks are not contiguous float32"
+    if not all(_per_head(t, to_expr(tensor(q).shape[-2])) for t in (slopes, sinks)):
+        return "slopes or sinks are not a contiguous float32 for each head"
     dtype = _float(q)
     if dtype is None or any(tensor(t).dtype != tensor(q).dtype for t in (k, v)):
         return f"no kernel for {tensor(node).dtype}"
@@ -386,6 +409,9 @@ def plan_attention(node: Node) -> Plan:
         mask_strides = [sympy.Integer(0)] * (4 - len(mask_strides)) + mask_strides
     batch, length, heads, size = layouts[0].sizes
     keys, groups, value_size = layouts[1].sizes[1], layouts[1].sizes[2], layouts[2].sizes[3]
+    shapes = ((batch, keys, groups, size), (batch, keys, groups, value_size))
+    if any(_differ(t.sizes, shape) for t, shape in zip(layouts[1:3], shapes, strict=True)):
+        return "queries, keys and values differ in batch, length or heads"
     if not _fit_heads(size, value_size):
         return f"heads of symbolic size, or larger than {MAX_HEAD_SIZE}"
     strides = [s for t in layouts for s in t.strides[:3]]
@@ -445,7 +471,7 @@ def plan_embedding(node: Node) -> Plan:
     else:
         table, dim, ids = node.args[:3]
         sizes = layout(table).sizes
-        if dim % len(sizes) != len(sizes) - 2 or any(s != 1 for s in sizes[:-2]):
+        if len(sizes) < 2 or dim % len(sizes) != len(sizes) - 2 or any(s != 1 for s in sizes[:-2]):
             return "index_select of something else than rows"
     index = {torch.int64: "std::int64_t", torch.int32: "std::int32_t"}.get(tensor(ids).dtype)
     dtype = _float(table)
@@ -518,6 +544,8 @@ def plan_index_copy(node: Node) -> Plan:
     if not all(layout(t).is_contiguous for t in (x, index, source, node)):
         return "operands are not contiguous"
     sizes = layout(x).sizes
+    if not sizes:
+        return "a tensor without dimensions"
     at = dim % len(sizes)
     ints = (sympy.prod(sizes[:at]), sizes[at], sympy.prod(sizes[at + 1 :]), layout(index).numel)
     return [PlannedCall(KernelSpec("index_copy", (dtype,)), (x, index, source, node), ints, (), (node,))]
@@ -552,18 +580,18 @@ def plan_template(node: Node) -> Plan | None:
     return planner(node) if planner is not None else None
 
 
-# Templates that choose an algorithm by the number of rows; kernels/invariance.h.
-_CHOOSE_BY_ROWS = frozenset({"linear", "batched_linear", "moe", "lora", "attention", "attention_contiguous"})
-
-
 def source_of(spec: KernelSpec, entry: str, batch_invariant: bool = False) -> str:
-    """The translation unit of a template instance; `batch_invariant`: one algorithm for any number of rows."""
-    define = "#define LLMOPT_BATCH_INVARIANT 1\n" if batch_invariant and spec.template in _CHOOSE_BY_ROWS else ""
+    """The translation unit of a template instance; `batch_invariant`: one algorithm for any number of rows.
+
+    That is said to every source that may ask: two that share a function must agree, for a library has it once.
+    """
     arguments = f"<{', '.join(spec.arguments)}>" if spec.arguments else ""
     call = f"llmopt::{spec.template}{arguments}(args, worker);"
     registered = REGISTERED_SOURCES.get(spec.template)
     head = f'#include "{HEADERS[spec.template]}"' if registered is None else registered
-    return f"{define}{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
+    define = batch_invariant and "invariance.h" in headers_of(head)
+    head = f"#define LLMOPT_BATCH_INVARIANT 1\n{head}" if define else head
+    return f"{head}\nLLMOPT_KERNEL({entry}) {{ {call} }}\n"
 
 
 __all__ = ["Layout", "PlannedCall", "Workspace", "plan_template", "source_of"]

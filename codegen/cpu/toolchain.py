@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import functools
 import hashlib
+import logging
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import tempfile
@@ -18,6 +20,8 @@ from pathlib import Path
 from llmopt.codegen.cpu import object_cache
 from llmopt.codegen.cpu.available import available_cpus
 from llmopt.compiler.errors import ToolchainError
+
+log = logging.getLogger(__name__)
 
 KERNEL_FOLDER = Path(__file__).parent / "kernels"
 
@@ -84,22 +88,47 @@ def supported_levels() -> tuple[InstructionSet, ...]:
 
 @dataclass(frozen=True)
 class Compiler:
-    """A C++ compiler: its path and the first line of its version."""
+    """A C++ compiler: its path, the first line of its version, and what stands before all other arguments."""
 
     path: str
     version: str
+    arguments: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> tuple[str, ...]:
+        """The beginning of a command line."""
+        return self.path, *self.arguments
+
+
+def _try_compiler(words: str) -> Compiler | None:
+    try:
+        name, *arguments = shlex.split(words)
+    except ValueError:  # no words, or a quote that is not closed
+        return None
+    path = shutil.which(name)
+    if path is None:
+        return None
+    answer = subprocess.run([path, *arguments, "--version"], capture_output=True, text=True, check=False)
+    if answer.returncode != 0 or not answer.stdout:
+        return None
+    return Compiler(path, answer.stdout.splitlines()[0], tuple(arguments))
 
 
 @functools.cache
 def find_compiler() -> Compiler:
-    """`$CXX`, else g++, else clang++; raises ToolchainError that says what to install when there is none."""
-    for candidate in (os.environ.get("CXX"), "g++", "clang++"):
-        path = shutil.which(candidate) if candidate else None
-        if path is None:
+    """`$CXX`, else g++, else clang++; raises ToolchainError that says what to install when there is none.
+
+    `$CXX` may have arguments ("ccache g++"); where it is set and cannot be used, that is logged.
+    """
+    asked = os.environ.get("CXX")
+    for candidate in (asked, "g++", "clang++"):
+        if not candidate:
             continue
-        answer = subprocess.run([path, "--version"], capture_output=True, text=True, check=False)
-        if answer.returncode == 0:
-            return Compiler(path, answer.stdout.splitlines()[0])
+        found = _try_compiler(candidate)
+        if found is not None:
+            return found
+        if candidate == asked:
+            log.warning("$CXX is %r, which is no C++ compiler that can be run; looking for g++ and clang++", asked)
     raise ToolchainError(
         "no C++ compiler found; install one (Debian, Ubuntu: apt install g++; Fedora: dnf install gcc-c++) "
         "or point $CXX at one"
@@ -117,15 +146,20 @@ def _included(source: str) -> frozenset[str]:
     return frozenset(re.findall(r'^#include "([\w.]+)"', source, re.MULTILINE))
 
 
-def _headers_digest(source: str) -> str:
-    """Hash of all headers that a source includes, directly or not: a change elsewhere keeps the object valid."""
+def headers_of(source: str) -> set[str]:
+    """Names of all kernel headers that a source includes, directly or not."""
     names, todo = set[str](), set(_included(source))
     while todo:
         name = todo.pop()
         names.add(name)
         todo |= _header(name)[1] - names
+    return names
+
+
+def _headers_digest(source: str) -> str:
+    """Hash of all headers that a source includes: a change elsewhere keeps the object valid."""
     digest = hashlib.sha256()
-    for name in sorted(names):
+    for name in sorted(headers_of(source)):
         digest.update(f"{name}\0{_header(name)[0]}\0".encode())
     return digest.hexdigest()
 
@@ -152,13 +186,13 @@ def compile_object(
     """
     compiler = find_compiler()
     flags = [*_COMMON_FLAGS, *level.flags, *(f"-D{k}={v}" for k, v in sorted((defines or {}).items()))]
-    key = _key(source, " ".join(flags), compiler.path, compiler.version, _headers_digest(source))
+    key = _key(source, " ".join(flags), *compiler.command, compiler.version, _headers_digest(source))
     if (known := object_cache.find(f"{key}.o")) is not None:
         return known
     with tempfile.TemporaryDirectory(prefix="llmopt-") as build:
         path, made = Path(build) / "kernel.cpp", Path(build) / "kernel.o"
         path.write_text(source, "utf-8")
-        _run([compiler.path, *flags, "-I", str(KERNEL_FOLDER), "-c", str(path), "-o", str(made)], "kernel")
+        _run([*compiler.command, *flags, "-I", str(KERNEL_FOLDER), "-c", str(path), "-o", str(made)], "kernel")
         return object_cache.keep(f"{key}.o", made)
 
 
@@ -186,7 +220,7 @@ def build_library(
             return known
         with tempfile.TemporaryDirectory(prefix="llmopt-") as build:
             made = Path(build) / "kernels.so"
-            _run([find_compiler().path, "-shared", *map(str, objects), "-o", str(made)], "link")
+            _run([*find_compiler().command, "-shared", *map(str, objects), "-o", str(made)], "link")
             return object_cache.keep(f"{key}.so", made)
     except OSError as error:
         raise ToolchainError(f"kernels cannot be compiled: {error}") from error

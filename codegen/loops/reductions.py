@@ -26,8 +26,13 @@ aten = torch.ops.aten
 
 
 def reduced_dims(node: Node, argument: Any) -> tuple[int, ...]:
-    """The dimensions that a reduction runs over, ascending; none given means all."""
+    """The dimensions that a reduction runs over, ascending; none given means all.
+
+    A tensor without dimensions has none to run over, though PyTorch lets one be named.
+    """
     rank = len(shape(node.args[0]))
+    if rank == 0:
+        return ()
     dims = argument if isinstance(argument, Sequence) else () if argument is None else (argument,)
     return tuple(sorted({d % rank for d in dims})) or tuple(range(rank))
 

@@ -17,7 +17,7 @@ SPLIT_KEYS = 256  # keys that a split should have at least, by the longest seque
 
 def paged_workspace(call: PlannedCall) -> sympy.Expr:
     """Bytes of what the splits of all tokens leave: values, maximum and sum in float32."""
-    heads, value_size, tokens = call.ints[1], call.ints[4], call.ints[-1]
+    heads, value_size, tokens = call.ints[1], call.ints[4], call.ints[12]
     return 4 * MAX_SPLITS * sympy.Min(tokens, SPLIT_TOKENS) * heads * (value_size + 2)
 
 
@@ -34,7 +34,7 @@ def _tile(repeat: int, queries: int, size: int, itemsize: int) -> tuple[int, int
 
 def _paged(call: Call) -> list[Launch]:
     sequences, heads, groups, size, value_size, page, width, *rest = call.ints
-    *strides, window, tokens = rest
+    *strides, window, tokens, _ = rest
     q, k_cache, v_cache, tables, starts, lengths, out, slopes, sinks, part = call.tensors
     if tokens == 0 or sequences == 0:
         return []

@@ -22,6 +22,11 @@ def inputs(dtypes: tuple[torch.dtype, ...], *shape: int) -> list[torch.Tensor]:
     return found
 
 
+def test_a_tensor_without_dimensions() -> None:
+    x = torch.tensor(1.5)
+    check(lambda x: [x.sum(-1), x.amax(0), x.mean(0, keepdim=True), x.softmax(-1), x.logsumexp(0), x.any(0)], x)
+
+
 def run(function: Callable[..., Any], dtypes: tuple[torch.dtype, ...], **options: Any) -> None:
     check(
         lambda *x: [function(t) for t in x],

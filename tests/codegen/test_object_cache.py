@@ -61,10 +61,41 @@ def entries(folder: Path) -> dict[str, Path]:
 
 
 def test_the_folder_is_the_users_own(folder: Path) -> None:
-    folder.mkdir(mode=0o755)
     assert workers(build_library([SOURCE])) == 1
     assert stat.S_IMODE(folder.stat().st_mode) == 0o700
     assert sorted(path.suffix for path in folder.iterdir()) == [".o", ".o", ".so"]  # and no temporary file
+
+
+def test_the_mode_of_a_folder_that_was_there_stays(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    folder.mkdir()
+    folder.chmod(0o755)
+    assert build_library([SOURCE]).parent == folder
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o755
+    object_cache._usable.cache_clear()
+    folder.chmod(0o1777)
+    with caplog.at_level(logging.WARNING):
+        assert build_library([SOURCE]).parent == object_cache.private_folder()
+    assert "others may write" in caplog.text
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o1777
+
+
+@pytest.mark.parametrize("words", ["env {}", "{} -pipe"])
+def test_a_compiler_with_arguments(folder: Path, words: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CXX", words.format(toolchain.find_compiler().path))
+    compiler = toolchain.find_compiler.__wrapped__()
+    assert " ".join(compiler.command).endswith(words.format(toolchain.find_compiler().path).split("/")[-1])
+    monkeypatch.setattr(toolchain, "find_compiler", lambda: compiler)
+    assert workers(build_library([SOURCE])) == 1
+
+
+@pytest.mark.parametrize("words", ["no-such-compiler -O1", "'", "false"])
+def test_a_compiler_that_is_none_is_reported(
+    words: str, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setenv("CXX", words)
+    with caplog.at_level(logging.WARNING):
+        toolchain.find_compiler.__wrapped__()
+    assert "CXX" in caplog.text
 
 
 def test_a_second_build_compiles_nothing(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:

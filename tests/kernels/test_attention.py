@@ -12,6 +12,7 @@ from kernels.harness import CPP_TYPE, VARIANTS, run_kernel
 
 from llmopt.codegen.cpu.native import KernelError
 from llmopt.codegen.cpu.templates import KV_FORMATS
+from llmopt.compiler.kv_formats import row_bytes
 
 Tensor = torch.Tensor
 DTYPES = list(CPP_TYPE)
@@ -131,9 +132,14 @@ def make_batch(
 
 
 def run_paged(
-    batch: Batch, rule: Rule, threads: int = 2, variant: str = "host", defines: dict[str, int] | None = None
+    batch: Batch,
+    rule: Rule,
+    threads: int = 2,
+    variant: str = "host",
+    defines: dict[str, int] | None = None,
+    fill: float = 0.0,
 ) -> Tensor:
-    """The kernel's result, computed into and from strided rows."""
+    """The kernel's result, computed into (what held `fill`) and from strided rows."""
     tokens, heads, dim = batch.q.shape
     groups, block_size = batch.k_cache.shape[1:3]
     v_dim = batch.v[0].shape[-1]
@@ -141,13 +147,13 @@ def run_paged(
     q = torch.full((tokens, heads + 1, dim + 3), torch.nan, dtype=batch.q.dtype)[:, :heads, :dim]
     q.copy_(batch.q)
     wide = torch.zeros(tokens, heads + 1, v_dim + 1, dtype=batch.q.dtype)
-    out = wide[:, :heads, :v_dim]
+    out = wide[:, :heads, :v_dim].fill_(fill)
     ints = [len(batch.lengths), heads, groups, dim, v_dim, block_size, batch.tables.shape[1], *q.stride()[:2]]
     run_kernel(
         "attention.h",
         f"attention<{CPP_TYPE[batch.q.dtype]}{stored}>",
         [q, batch.k_cache, batch.v_cache, batch.tables, batch.starts, batch.lengths, out, rule.alibi, rule.sinks],
-        [*ints, *out.stride()[:2], rule.window, tokens],
+        [*ints, *out.stride()[:2], rule.window, tokens, len(batch.k_cache)],
         [rule.scale, rule.softcap],
         threads=threads,
         variant=variant,
@@ -290,6 +296,39 @@ def test_sequence_beyond_its_block_table_is_refused() -> None:
     batch.starts[2] = 4
     with pytest.raises(KernelError, match="index out of range"):
         run_paged(batch, Rule())
+
+
+@pytest.mark.parametrize("kv_dtype", ["auto", "int8"])
+@pytest.mark.parametrize("block", [-1, None])
+def test_pages_outside_the_cache_are_refused(block: int | None, kv_dtype: str) -> None:
+    """As `kv_write` refuses a slot there; `None` stands for the first block behind the cache."""
+    batch = make_batch([(1, 20), (2, 30)], 2, 1, 8, 8, torch.float32)
+    if kv_dtype != "auto":
+        pages = torch.zeros(len(batch.k_cache), 1, 16, row_bytes(kv_dtype, 8), dtype=torch.uint8)
+        batch = replace(batch, k_cache=pages, v_cache=pages.clone(), kv_dtype=kv_dtype)
+    run_paged(batch, Rule())
+    batch.tables[1, 1] = len(batch.k_cache) if block is None else block
+    with pytest.raises(KernelError, match="index out of range"):
+        run_paged(batch, Rule())
+
+
+def test_sequences_that_run_backwards_are_refused() -> None:
+    batch = make_batch([(1, 20), (2, 30), (3, 30)], 2, 1, 8, 8, torch.float32)
+    batch.starts[:] = torch.tensor([0, 4, 3, 6])
+    with pytest.raises(KernelError, match="index out of range"):
+        run_paged(batch, Rule())
+
+
+def test_rows_of_no_sequence_are_zero() -> None:
+    batch = make_batch([(1, 20), (6, 30), (2, 9)], 2, 1, 8, 8, torch.float32)
+    whole = run_paged(batch, Rule())
+    middle = replace(
+        batch, tables=batch.tables[1:2].contiguous(), lengths=batch.lengths[1:2].contiguous(), starts=batch.starts[1:3]
+    )
+    for threads in (1, 2):
+        out = run_paged(middle, Rule(), threads, fill=torch.nan)
+        assert torch.equal(out[1:7], whole[1:7])
+        assert not out[:1].any() and not out[7:].any()
 
 
 def test_head_beyond_the_scratch_is_refused() -> None:

@@ -151,3 +151,13 @@ def test_more_workers_than_work() -> None:
     for rows in (1, 30, 70):
         x, segments = sample(rows, 40, [3], torch.float32, [True])
         check(x, segments, run_linear(x, segments, threads=3))
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_an_empty_sum_is_the_bias(dtype: torch.dtype) -> None:
+    for rows, threads in itertools.product((1, 5, 70, 600), (1, 2)):
+        x, segments = sample(rows, 0, (7, 19), dtype, (True, False))
+        bias = segments[0][1]
+        assert bias is not None
+        expected = torch.cat((bias, torch.zeros(19, dtype=dtype))).expand(rows, 26)
+        assert torch.equal(run_linear(x, segments, threads=threads), expected)

@@ -44,6 +44,12 @@ def test_equal_values_are_chosen_as_pytorch_does(seed: int) -> None:
             assert torch.equal(topk(x, k)[1], x.topk(k).indices)
 
 
+def test_none_of_each_row() -> None:
+    """The indices may have no memory then."""
+    values, indices = topk(torch.randn(3, 20), 0)
+    assert values.shape == indices.shape == (3, 0)
+
+
 def test_values_may_be_left_out() -> None:
     x, indices = torch.randn(3, 20), torch.empty(3, 4, dtype=torch.int64)
     run_kernel("topk.h", "topk<float>", [x, None, indices], [3, 20, 4, 20, 1])

@@ -18,11 +18,13 @@ from typer.testing import CliRunner
 import llmopt
 from llmopt import testing
 from llmopt.cli import app
+from llmopt.codegen.cpu.templates import PLANNERS, REGISTERED_SOURCES
 from llmopt.compiler.errors import InputError, OptionError, VerificationError
 from llmopt.compiler.graph import Rewriter, aten, nodes_of
 from llmopt.compiler.opspec import OPS, Cost, nbytes, numel
 from llmopt.compiler.options import Options
 from llmopt.compiler.pass_manager import PassContext, PassReport
+from llmopt.compiler.vocabulary import llmopt_ops
 from llmopt.passes.pipeline import BACKEND, backend_pipeline, step_pipeline
 from llmopt.passes.raise_gated_act import RaiseGatedAct
 from llmopt.testing.reproduction import minifying
@@ -141,6 +143,29 @@ def test_mistakes_of_registration(registered: Swap) -> None:
         llmopt.register_kernel(aten.tanh.default, "linear", "", lambda node: "no")
     with pytest.raises(InputError, match="lower case"):
         llmopt.register_kernel(aten.tanh.default, "a; b", "", lambda node: "no")
+
+
+def test_kernels_come_and_go_in_any_order() -> None:
+    op, other = llmopt_ops.gated_act.default, llmopt_ops.linear.default
+    built_in = dict(PLANNERS)
+    first, second = (lambda node: "first"), (lambda node: "second")
+    llmopt.register_kernel(op, "first_for_test", "a", first)
+    llmopt.register_kernel(op, "second_for_test", "b", second)
+    assert PLANNERS[op] is second
+    with pytest.raises(InputError, match="choose another name"):
+        llmopt.register_kernel(other, "first_for_test", "c", second)
+    with pytest.raises(InputError, match="is named"):
+        llmopt.unregister_kernel(other, "first_for_test")
+    assert PLANNERS[other] is built_in[other]
+    assert REGISTERED_SOURCES["first_for_test"] == "a"
+    llmopt.unregister_kernel(op, "first_for_test")
+    assert PLANNERS[op] is second
+    llmopt.register_kernel(op, "first_for_test", "a", first)
+    llmopt.unregister_kernel(op, "first_for_test")
+    assert PLANNERS[op] is second
+    llmopt.unregister_kernel(op, "second_for_test")
+    assert built_in == PLANNERS
+    assert not REGISTERED_SOURCES.keys() & {"first_for_test", "second_for_test"}
 
 
 def test_a_registered_pass_obeys_the_switches(registered: Swap) -> None:

@@ -6,13 +6,14 @@
 //            Hq, Dv] T (strided), alibi_slopes [Hq] float or null, sinks [Hq] float or null. With S a format of
 //            kv_formats.h, the caches are pages of block_size * row_bytes<S> bytes a head
 //   ints:    B, Hq, Hkv, D, Dv, block_size, N, q token stride, q head stride, out token stride, out head stride,
-//            window (0 = none), T
+//            window (0 = none), T, num_blocks
 //   floats:  scale, softcap (0 = none)
 //   Query i of sequence b, row cu_seqlens_q[b] + i, stands at position p = seq_lens[b] - q_len + i and sees the keys
 //   j <= p, with a window only j > p - window. score = scale * q.k, then softcap * tanh(score / softcap), then
 //   + alibi_slopes[h] * j (Press et al., arXiv:2108.12409). sinks[h] is one more logit of the softmax, without a value.
-//   A sequence that its block table or the T rows cannot hold is kIndexOutOfRange, and its rows are not written. Pages
-//   wholly outside the window are never read.
+//   A sequence that its block table or the T rows cannot hold, or that begins before the end of the one before, and a
+//   page outside the cache are kIndexOutOfRange, and nothing is written. Pages wholly outside the window are never read,
+//   so their entries may be anything. Rows of no sequence are set to zero.
 //
 // attention_contiguous<T, TM>
 //   tensors: q [B, S, Hq, D] T, k [B, L, Hkv, D] T, v [B, L, Hkv, Dv] T, mask [B, Hq, S, L] TM or null, out [B, S, Hq,
@@ -33,6 +34,27 @@
 
 namespace llmopt {
 
+// Whether the sequences of a paged batch lie within the rows, their tables and, as far as they are read, the cache.
+inline bool batch_fits(const Args& a) {
+  const std::int32_t* starts = a.tensor<const std::int32_t>(4);
+  const std::int32_t* lengths = a.tensor<const std::int32_t>(5);
+  const std::int64_t sequences = a.ints[0], block_size = a.ints[5], table_size = a.ints[6], window = a.ints[11];
+  const std::uint32_t blocks = static_cast<std::uint32_t>(std::min<std::int64_t>(a.ints[13], INT32_MAX));
+  if (starts[0] < 0 || starts[sequences] > a.ints[12]) return false;
+  for (std::int64_t b = 0; b < sequences; ++b) {
+    const std::int64_t queries = std::int64_t{starts[b + 1]} - starts[b], keys = lengths[b];
+    if (queries < 0 || keys < 0 || keys > table_size * block_size) return false;
+    if (queries == 0) continue;
+    const std::int64_t seen = window > 0 ? std::max<std::int64_t>(keys - queries - window + 1, 0) : 0;
+    const std::int32_t* table = a.tensor<const std::int32_t>(3) + b * table_size;
+    bool beyond = false;
+    for (std::int64_t page = seen / block_size; page * block_size < keys; ++page)
+      beyond |= static_cast<std::uint32_t>(table[page]) >= blocks;
+    if (beyond) return false;
+  }
+  return true;
+}
+
 template <class T, class S = T>
 void attention(const Args& a, const Worker& w) {
   const T* q = a.tensor<const T>(0);
@@ -47,16 +69,18 @@ void attention(const Args& a, const Worker& w) {
   const std::int64_t q_heads = a.ints[1], kv_heads = a.ints[2], dim = a.ints[3], v_dim = a.ints[4];
   const std::int64_t block_size = a.ints[5], table_size = a.ints[6], tokens = a.ints[12];
   if (dim > kMaxHeadDim || v_dim > kMaxHeadDim) return w.fail(kUnsupportedSize);
+  if (!batch_fits(a)) return w.fail(kIndexOutOfRange);
+  for (const Range rows : {Range{0, starts[0]}, Range{starts[a.ints[0]], tokens}}) {
+    const Range mine = share(w, rows.end - rows.begin);
+    for (std::int64_t r = rows.begin + mine.begin; r < rows.begin + mine.end; ++r)
+      for (std::int64_t h = 0; h < q_heads; ++h) std::fill_n(out + r * a.ints[9] + h * a.ints[10], v_dim, T{});
+  }
   const std::int64_t heads = q_heads / kv_heads;
   const auto make = [&](std::int64_t b, std::int64_t h) {
     AttentionGroup<T, typename std::conditional<kQuantized<S>, QuantizedRows<S>, PagedRows<S>>::type, NoMask> g{};
-    const std::int64_t first = starts[b], end = starts[b + 1];
+    const std::int64_t first = starts[b];
     g.keys = lengths[b];
-    if (first < 0 || end > tokens || g.keys > table_size * block_size) {
-      w.fail(kIndexOutOfRange);
-      return g;
-    }
-    g.queries = end - first;
+    g.queries = starts[b + 1] - first;
     g.position = g.keys - g.queries;
     g.q_token = a.ints[7];
     g.q_head = a.ints[8];

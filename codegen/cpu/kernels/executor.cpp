@@ -11,12 +11,15 @@
 namespace llmopt {
 
 void Barrier::pause(int spins) {
-#if defined(__x86_64__)
   if (spins < 20000) {
+#if defined(__x86_64__)
     __builtin_ia32_pause();
     return;
-  }
+#elif defined(__aarch64__)
+    asm volatile("yield");
+    return;
 #endif
+  }
 #if defined(__linux__)
   sched_yield();
 #endif

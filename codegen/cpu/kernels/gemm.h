@@ -255,7 +255,8 @@ void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
     const Rows<T> part = x.index ? Rows<T>{x.base, x.stride, x.index + m} : Rows<T>{x[m], x.stride, nullptr};
     for (std::int64_t p = my_panels.begin; p < my_panels.end; p += block) {
       const std::int64_t width = my_panels.end - p < block ? my_panels.end - p : block;
-      for (std::int64_t from = 0; from < k; from += kBlock) {
+      std::int64_t from = 0;
+      do {  // at least once: without elements of K the sums are zero
         const std::int64_t elements = k - from < kBlock ? k - from : kBlock;
         const std::int64_t depth = (elements + GemmLane<T>::kElements - 1) / GemmLane<T>::kElements;
         stage_rows(part, height, from, elements, staged);
@@ -279,7 +280,8 @@ void gemm(const Rows<T>& x, std::int64_t rows, std::int64_t k, const Segments& s
                                  out_stride);
           }
         }
-      }
+        from += kBlock;
+      } while (from < k);
     }
   }
 }

@@ -33,8 +33,10 @@ void matmul_row_by_row(const Rows<T>& x, std::int64_t rows, std::int64_t k, cons
                        std::int64_t out_stride, const Worker& w, const Epilogue* epilogue) {
   constexpr std::size_t kStagedBytes = std::size_t{1} << 20;
   if (gemv_scratch<T>(1, k) + kEpilogueColumns * sizeof(T) > kScratchBytes) return w.fail(kUnsupportedSize);
-  const std::int64_t fit = static_cast<std::int64_t>(kStagedBytes / gemv_scratch<T>(1, k)) / kGemvRows * kGemvRows;
-  const std::int64_t most = fit > 0 ? fit : 1;
+  constexpr std::size_t kEpilogueRows = (kScratchBytes - kStagedBytes) / (kEpilogueColumns * sizeof(T));
+  const std::size_t staged = kStagedBytes / gemv_scratch<T>(1, k);
+  const std::int64_t fit = static_cast<std::int64_t>(staged < kEpilogueRows ? staged : kEpilogueRows);
+  const std::int64_t most = fit >= kGemvRows ? fit / kGemvRows * kGemvRows : 1;
   for (std::int64_t m = 0; m < rows; m += most) {
     const Rows<T> part = x.index ? Rows<T>{x.base, x.stride, x.index + m} : Rows<T>{x[m], x.stride, nullptr};
     TOut* to = epilogue ? nullptr : out + m * out_stride;

@@ -276,7 +276,8 @@ LLMOPT_INLINE T f_shl(T a, T b) {
 template <class T>
 LLMOPT_INLINE T f_shr(T a, T b) {
   constexpr int bits = 8 * sizeof(T);
-  return static_cast<T>(a >> (b < 0 || b >= bits ? static_cast<T>(bits - 1) : b));
+  if (b >= 0 && b < bits) return static_cast<T>(a >> b);
+  return std::is_signed_v<T> ? static_cast<T>(a >> (bits - 1)) : T{0};
 }
 
 // Vectors of int32 are masks here, and true is the smaller number in them.

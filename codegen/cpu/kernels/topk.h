@@ -2,7 +2,7 @@
 //
 // topk<T>
 //   tensors: x [rows, cols] T (strided), values [rows, k] T or null, indices [rows, k] int64
-//   ints:    rows, cols (below 2^32), k (1 <= k <= cols), x stride, whether the result is sorted
+//   ints:    rows, cols (below 2^32), k (at most cols), x stride, whether the result is sorted
 //   A NaN is greater than any number. Which of several equal values is taken, and their order, is PyTorch's choice: a
 //   router in bf16 meets them often, and another choice would be another expert.
 //
@@ -74,6 +74,7 @@ void topk(const Args& a, const Worker& w) {
   constexpr float kBelow = -std::numeric_limits<float>::infinity();
   const std::int64_t cols = a.ints[1], k = a.ints[2];
   const bool sorted = a.ints[4] != 0;
+  if (k == 0) return;
   const Range mine = share(w, a.ints[0]);
   for (std::int64_t r = mine.begin; r < mine.end; ++r) {
     const T* x = all + r * a.ints[3];
