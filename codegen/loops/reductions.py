@@ -28,6 +28,8 @@ aten = torch.ops.aten
 def reduced_dims(node: Node, argument: Any) -> tuple[int, ...]:
     """The dimensions that a reduction runs over, ascending; none given means all."""
     rank = len(shape(node.args[0]))
+    if rank == 0:
+        return ()
     dims = argument if isinstance(argument, Sequence) else () if argument is None else (argument,)
     return tuple(sorted({d % rank for d in dims})) or tuple(range(rank))
 
