@@ -105,7 +105,8 @@ class _Lowering:
         made = [(unit, step) for unit in units for step in self._steps(unit, workspaces)]
         steps = _with_barriers([step for _, step in made])
         returned = outputs(self.graph)
-        results = [self._argument(item) for item in returned[len(self.mutations) :]]
+        (end,) = self.graph.find_nodes(op="output")
+        results = [self._argument(item, end) for item in returned[len(self.mutations) :]]
         news = [self._view(node) for node in returned[: len(self.mutations)]]
         program = Program(
             self.symbols,
@@ -319,8 +320,8 @@ class _Lowering:
 
     def _aten_call(self, unit: _Unit) -> AtenCall:
         node = unit.nodes[0]
-        args = tuple(self._argument(a) for a in node.args)
-        kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
+        args = tuple(self._argument(a, node) for a in node.args)
+        kwargs = {k: self._argument(v, node) for k, v in node.kwargs.items()}
         if is_tensor(node):
             values: tuple[int, ...] = (self.value_of[node],)
         else:
@@ -329,13 +330,17 @@ class _Lowering:
             values = tuple(self.value_of[parts[i]] if i in parts else -1 for i in range(count))
         return AtenCall(str(node.target), args, kwargs, values, unit.reason, location(node))
 
-    def _argument(self, arg: Any) -> Any:
+    def _argument(self, arg: Any, node: Node) -> Any:
+        """An argument of `node` as the program holds it."""
         if isinstance(arg, list | tuple):
-            return [self._argument(a) for a in arg]
+            return [self._argument(a, node) for a in arg]
         if not isinstance(arg, Node):
             return arg
         if is_size(arg):
             return Size(self.index(arg.meta["val"]))
+        if not is_tensor(arg):
+            reason = "its argument, computed from sizes, is no integer, which a program cannot carry"
+            raise UnsupportedError(reason, operation=str(node.target), location=location(node))
         return self._view(arg)
 
     def _view(self, node: Node) -> View:
