@@ -148,6 +148,10 @@ BINARY: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
         lambda x, y: [aten.bitwise_and(x, y), aten.bitwise_or(x, y), aten.bitwise_xor(x, y), x & y, x | y, x ^ y],
         (*INTS, torch.bool),
     ),
+    "shift_out": (
+        lambda x, y: [aten.bitwise_left_shift(x, y.abs() * 8), aten.bitwise_right_shift(x, y.abs() * 8)],
+        (torch.int64, torch.int32),
+    ),
     "shift": (lambda x, y: [aten.bitwise_left_shift(x, y % 7), aten.bitwise_right_shift(x, y % 7)], INTS),
     "copy": (aten.copy, ALL),
     "clamp_tensor": (lambda x, y: [aten.clamp(x, y, y + 1), aten.clamp_min(x, y), aten.clamp_max(x, y)], NUMBERS),
