@@ -17,7 +17,7 @@ from torch.fx.node import Node
 
 from llmopt.codegen.cpu.templates import EPILOGUES, PlannedCall
 from llmopt.codegen.layout import layout
-from llmopt.codegen.loops.epilogue import as_epilogue
+from llmopt.codegen.loops.epilogue import as_epilogue, covers
 from llmopt.codegen.loops.group import LoopGroup
 from llmopt.codegen.program import KernelSpec
 from llmopt.codegen.triton.products import SEGMENTS as GPU_SEGMENTS
@@ -116,8 +116,12 @@ def _fused(group: LoopGroup, product: Node, call: PlannedCall, readers: set[obje
     if isinstance(epilogue, str):
         return epilogue
     operands = (*(node for node in group.inputs if node is not product), *group.outputs)
+    if any(view_base(node) is product for node in operands):
+        return "a view of the product is read as it lies in memory"
     x, _, *weights = call.tensors
     rows, k, x_stride, _, *segments = call.ints
+    if not covers(epilogue, group.symbols, rows):
+        return "the loop covers only some rows of the product"
     numbers = (*group.symbols, rows, k, x_stride, sympy.Integer(0), *segments)
     return PlannedCall(
         KernelSpec(call.kernel.template, call.kernel.arguments, epilogue),

@@ -20,7 +20,7 @@ from llmopt.codegen.densify import densify
 from llmopt.codegen.index import Index, from_sympy
 from llmopt.codegen.layout import Layout, layout, to_stride
 from llmopt.codegen.loops.group import LoopGroup
-from llmopt.codegen.memory import Life, plan_memory
+from llmopt.codegen.memory import Life, Place, plan_memory
 from llmopt.codegen.program import (
     AtenCall,
     KernelCall,
@@ -67,11 +67,11 @@ class _Unit:
 
 @dataclass(frozen=True)
 class _Step:
-    """One step of the program and the memory that it reads and writes."""
+    """One step of the program and the memory that it reads and writes: places in the arena, else values by number."""
 
     work: KernelCall | AtenCall
-    reads: set[Any] = field(default_factory=set)
-    writes: set[Any] = field(default_factory=set)
+    reads: set[Place | int] = field(default_factory=set)
+    writes: set[Place | int] = field(default_factory=set)
 
 
 def lower(graph: fx.Graph, mutations: Sequence[int] = (), told: Sequence[Any] | None = None) -> Lowered:
@@ -97,6 +97,7 @@ class _Lowering:
         self.names: dict[sympy.Symbol, str] = {}
         self.values: list[Value] = []
         self.value_of: dict[Node, int] = {}
+        self.places: dict[int, Place] = {}
         self.kernels: dict[KernelSpec, int] = {}
         self.weights: list[Node] = []
         self.position = {node: i for i, node in enumerate(graph.nodes)}
@@ -254,18 +255,21 @@ class _Lowering:
         for key in arena:
             if isinstance(key, Node):
                 sizes[key] = storage_bytes(layout(key))
-        offsets, total = plan_memory([Life(sizes[k], first[k], last[k]) for k in arena])
+        places, total = plan_memory([Life(sizes[k], first[k], last[k]) for k in arena])
         self.arena_bytes = self.index(total)
-        where = dict(zip(arena, offsets, strict=True))
+        where = dict(zip(arena, places, strict=True))
         workspaces: dict[PlannedCall, int] = {}
         for key, kind in kinds.items():
+            offset: Index = 0
+            if kind == "arena":
+                offset, self.places[len(self.values)] = self.index(where[key].offset), where[key]
             if isinstance(key, Node):
                 seen = self._returned_whole(key) if kind == "output" else key
-                self._add(key, kind, key.name, self.index(where[key]) if kind == "arena" else 0, like=seen)
+                self._add(key, kind, key.name, offset, like=seen)
             else:
                 workspaces[key] = len(self.values)
                 size = (self.index(sizes[key]),)
-                self.values.append(Value("arena", "workspace", torch.uint8, size, (1,), self.index(where[key])))
+                self.values.append(Value("arena", "workspace", torch.uint8, size, (1,), offset))
         return workspaces
 
     def _returned_whole(self, node: Node) -> Node:
@@ -315,15 +319,14 @@ class _Lowering:
         scratch = {self._memory(t.value) for t in call.tensors if t and self.values[t.value].name == "workspace"}
         return _Step(call, touched - writes, writes | scratch)
 
-    def _memory(self, value: int) -> Any:
+    def _memory(self, value: int) -> Place | int:
         """What tells two pieces of memory apart: the place in the arena, or the value itself."""
-        item = self.values[value]
-        return item.offset if item.kind == "arena" else f"value {value}"
+        return self.places.get(value, value)
 
     def _aten_call(self, unit: _Unit) -> AtenCall:
         node = unit.nodes[0]
-        args = tuple(self._argument(a) for a in node.args)
-        kwargs = {k: self._argument(v) for k, v in node.kwargs.items()}
+        args = tuple(self._argument(a, node) for a in node.args)
+        kwargs = {k: self._argument(v, node) for k, v in node.kwargs.items()}
         if is_tensor(node):
             values: tuple[int, ...] = (self.value_of[node],)
         else:
@@ -332,20 +335,25 @@ class _Lowering:
             values = tuple(self.value_of[parts[i]] if i in parts else -1 for i in range(count))
         return AtenCall(str(node.target), args, kwargs, values, unit.reason, location(node))
 
-    def _argument(self, arg: Any) -> Any:
+    def _argument(self, arg: Any, node: Node) -> Any:
+        """An argument of `node` as the program holds it."""
         if isinstance(arg, list | tuple):
-            return [self._argument(a) for a in arg]
+            return [self._argument(a, node) for a in arg]
         if not isinstance(arg, Node):
             return arg
         if is_size(arg):
             return Size(self.index(arg.meta["val"]))
+        if not is_tensor(arg):
+            reason = "its argument, computed from sizes, is no integer, which a program cannot carry"
+            raise UnsupportedError(reason, operation=str(node.target), location=location(node))
         return self._view(arg)
 
     def _result(self, number: int, item: Any) -> Any:
         """What the graph returns, or the view of it that the caller gets."""
         seen = self.views.get(number)
         if seen is None:
-            return self._argument(item)
+            (end,) = self.graph.find_nodes(op="output")
+            return self._argument(item, end)
         sizes, strides = (tuple(map(self.index, part)) for part in (seen.shape, map(to_stride, seen.stride())))
         return View(self.value_of[view_base(item)], self.index(seen.storage_offset()), sizes, strides)
 
@@ -371,10 +379,10 @@ def _short(node: Node) -> str:
 def _with_barriers(steps: Sequence[_Step]) -> list[KernelCall | AtenCall]:
     """Keeps the barrier behind a call only where the next call touches what was written since the last barrier."""
     result: list[KernelCall | AtenCall] = []
-    reads: set[Any] = set()
-    writes: set[Any] = set()
+    reads: set[Place | int] = set()
+    writes: set[Place | int] = set()
     for step in steps:
-        conflict = step.reads & writes or step.writes & (reads | writes)
+        conflict = _meet(step.reads, writes) or _meet(step.writes, reads | writes)
         if isinstance(step.work, AtenCall) or conflict:
             reads, writes = set(), set()
         elif result and isinstance(result[-1], KernelCall):
@@ -383,6 +391,14 @@ def _with_barriers(steps: Sequence[_Step]) -> list[KernelCall | AtenCall]:
             reads, writes = reads | step.reads, writes | step.writes
         result.append(step.work)
     return result
+
+
+def _meet(left: set[Place | int], right: set[Place | int]) -> bool:
+    """Whether the two have memory in common, be it only parts of their values."""
+    if not left.isdisjoint(right):
+        return True
+    ours, theirs = ([item for item in items if isinstance(item, Place)] for items in (left, right))
+    return any(one.overlaps(other) for one in ours for other in theirs)
 
 
 __all__ = ["Lowered", "lower"]

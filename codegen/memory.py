@@ -21,8 +21,25 @@ class Life:
     last: int
 
 
-def plan_memory(lives: Sequence[Life]) -> tuple[list[sympy.Expr], sympy.Expr]:
-    """(byte offset of each value, size of the arena), as expressions in the symbols of the sizes.
+@dataclass(frozen=True)
+class Place:
+    """Where a value lies: its byte offset in the arena, and its share of one of the arena's regions.
+
+    `start` and `end` count in the region's unit, whatever number of bytes that is; regions never meet.
+    """
+
+    offset: sympy.Expr
+    region: int
+    start: int
+    end: int
+
+    def overlaps(self, other: Place) -> bool:
+        """Whether the two have memory in common."""
+        return self.region == other.region and self.start < other.end and other.start < self.end
+
+
+def plan_memory(lives: Sequence[Life]) -> tuple[list[Place], sympy.Expr]:
+    """(place of each value, size of the arena in bytes), with expressions in the symbols of the sizes.
 
     Sizes are symbolic, so which of two is larger is not decidable in general. It is among multiples of one expression,
     such as 3072 s and 12288 s, which is what the values of a model are: each such family has a region of its own, in
@@ -32,14 +49,14 @@ def plan_memory(lives: Sequence[Life]) -> tuple[list[sympy.Expr], sympy.Expr]:
     known = {size: _family(size) for size in dict.fromkeys(life.size for life in lives)}
     for index, life in enumerate(lives):
         families[known[life.size][1]].append(index)
-    offsets: list[sympy.Expr] = [sympy.Integer(0)] * len(lives)
+    places: dict[int, Place] = {}
     total: sympy.Expr = sympy.Integer(0)
-    for unit, members in families.items():
+    for region, (unit, members) in enumerate(families.items()):
         starts, length = _place([(known[lives[i].size][0], lives[i].first, lives[i].last) for i in members])
         for index, start in zip(members, starts, strict=True):
-            offsets[index] = total + start * unit
+            places[index] = Place(total + start * unit, region, start, start + known[lives[index].size][0])
         total = total + length * unit
-    return offsets, total
+    return [places[index] for index in range(len(lives))], total
 
 
 def _family(size: sympy.Expr) -> tuple[int, sympy.Expr]:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Collection
 from typing import Any
 
+import sympy
 import torch
 
 from llmopt.codegen import index
 from llmopt.codegen.cpu.templates import ARGUMENT_TOKENS, EPILOGUES, FLOATS, HEADERS, REGISTERED_SOURCES
 from llmopt.codegen.loops import serialize
 from llmopt.codegen.loops.emit import DTYPE_NAMES
-from llmopt.codegen.loops.epilogue import check_epilogue
+from llmopt.codegen.loops.epilogue import check_epilogue, covers
 from llmopt.codegen.program import KernelCall, KernelSpec, Operand, Program, Size, SymbolSource, Value, View
 from llmopt.compiler.errors import ProgramFileError, UnsupportedError
 
@@ -154,7 +155,9 @@ def from_json(data: Any) -> Program:
             raise ProgramFileError("malformed kernel call")
         operands = tuple(None if t is None else _operand(reader, t, count) for t in tensors)
         number = reader.number(kernel, len(kernels), "kernel")
-        steps.append(KernelCall(number, operands, reader.indices(ints), tuple(map(float, floats)), sync, origin))
+        numbers = reader.indices(ints)
+        _check_rows(kernels[number], numbers, reader.names)
+        steps.append(KernelCall(number, operands, numbers, tuple(map(float, floats)), sync, origin))
     return Program(
         symbols,
         values,
@@ -191,6 +194,17 @@ def _kernel(row: list[Any]) -> KernelSpec:
     epilogue = serialize.kernel_from_json(loop)
     check_epilogue(epilogue, _STORED.get(arguments[0]))
     return KernelSpec(template, tuple(arguments), epilogue)
+
+
+def _check_rows(kernel: KernelSpec, ints: tuple[index.Index, ...], names: Collection[str]) -> None:
+    """A product whose epilogue walks over fewer rows would write past the ends of the results."""
+    if kernel.loop is None or kernel.product is None:
+        return
+    symbols = {name: sympy.Symbol(name, integer=True, nonnegative=True) for name in names}
+    values = [index.to_sympy(number, symbols) for number in ints]
+    count = len(kernel.loop.symbols)
+    if len(values) <= count or not covers(kernel.loop, values[:count], values[count]):
+        raise ProgramFileError("an epilogue does not walk over the rows of its product")
 
 
 def _operand(reader: _Reader, data: Any, count: int) -> Operand:

@@ -87,7 +87,7 @@ def roll(emit: Emit, node: Node, a: Args, index: Indices) -> int:
     dtype, d = result_register(node), dims[0] % len(index)
     size, shift = shape(node)[d], integer(shifts[0])
     if size.is_Integer:
-        shift = shift % size
+        shift = shift % max(size, 1)
     elif shift.could_extract_minus_sign():
         shift = shift + size
     if not (is_nonnegative(shift, {}) and is_nonnegative(size - shift, {})):

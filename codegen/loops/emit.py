@@ -3,7 +3,8 @@
 A handler gets the emitter of the sweep, the node, its bound arguments and the index of the wanted element, and returns
 the number of the value that it emitted. Half-precision ops compute in float32, as eager does; the rounding of a value
 that stays inside a kernel is left out except where the result is discontinuous (comparisons, roundings, conversion to
-integers), so that a fused kernel and eager take the same branch.
+integers, tests for infinity) and where float16 is left, whose range is small, so that a fused kernel and eager take the
+same branch.
 """
 
 from __future__ import annotations

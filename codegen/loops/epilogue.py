@@ -6,7 +6,7 @@ and is read at its own place only. On a product that lies in memory it is an ord
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import sympy
@@ -24,7 +24,7 @@ _ROW, _COLUMN = (sympy.Symbol(name, integer=True, nonnegative=True) for name in 
 def as_epilogue(kernel: LoopKernel, product: int, columns: int) -> LoopKernel | str:
     """`kernel` as the epilogue of a dense product `[rows, columns]`, which is its buffer `product`, or why it is none.
 
-    The other buffers keep their order behind the product.
+    The other buffers keep their order behind the product. Whether the loop covers all of it, `covers` tells.
     """
     if len(kernel.nests) != 1:
         return "the loop has several nests"
@@ -91,6 +91,17 @@ def _moved(value: Value, moved: Callable[[Index], Index], order: list[int]) -> V
     if isinstance(value, Load):
         return replace(value, buffer=order.index(value.buffer), index=moved(value.index))
     return replace(value, index=moved(value.index)) if isinstance(value, IndexValue) else value
+
+
+def covers(kernel: LoopKernel, symbols: Sequence[sympy.Expr], rows: sympy.Expr) -> bool:
+    """Whether an epilogue called with these values of its symbols walks over exactly the `rows` of its product.
+
+    A product computes its epilogue on every row that it has. The buffers behind a loop over a part of them end earlier.
+    """
+    (nest,) = kernel.nests
+    (size,) = nest.sizes
+    walked = indices.to_sympy(size, dict(zip(kernel.symbols, symbols, strict=True)))
+    return bool(sympy.expand(walked - rows) == 0)
 
 
 def check_epilogue(kernel: LoopKernel, dtype: DType | None) -> None:

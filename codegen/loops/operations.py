@@ -79,10 +79,10 @@ def _compare(function: str) -> Handler:
 
 def _test(function: str) -> Handler:
     def lower(emit: Emit, node: Node, a: Args, index: Indices) -> int:
-        dtype = register(common_dtype(node.args[:1]))
-        if not dtype.startswith("float"):
+        dtype = common_dtype(node.args[:1])
+        if not dtype.startswith(("float", "bfloat")):
             return emit.constant(False, "bool")
-        return emit.call(function, operand(emit, node.args[0], index, dtype))
+        return emit.call(function, rounded(emit, node.args[0], index, dtype))
 
     return lower
 
@@ -151,7 +151,7 @@ def _clamp(emit: Emit, node: Node, a: Args, index: Indices) -> int:
 
 def _cast(emit: Emit, node: Node, a: Args, index: Indices) -> int:
     source, target = (dtype_name(tensor_of(n).dtype) for n in (node.args[0], node))
-    if target.startswith(("float", "bfloat")):
+    if target.startswith(("float", "bfloat")) and source != "float16":  # what overflows float16 has become infinite
         return emit.cast(operand(emit, node.args[0], index, register(source)), target)
     return emit.cast(rounded(emit, node.args[0], index, source), target)
 
@@ -233,7 +233,13 @@ def _addc(function: str) -> Handler:
 def _lerp(emit: Emit, node: Node, a: Args, index: Indices) -> int:
     dtype = result_register(node)
     start, end, weight = (operand(emit, v, index, dtype) for v in node.args[:3])
-    return emit.call("add", start, emit.call("mul", weight, emit.call("sub", end, start)))
+    way = emit.call("sub", end, start)
+    near_start = emit.call("add", start, emit.call("mul", weight, way))
+    rest = emit.call("sub", emit.constant(1, dtype), weight)
+    near_end = emit.call("sub", end, emit.call("mul", way, rest))
+    # From the nearer end, as eager: a weight of 1 gives `end` to the bit.
+    is_near_start = emit.call("lt", emit.call("abs", weight), emit.constant(0.5, dtype))
+    return emit.call("where", is_near_start, near_start, near_end)
 
 
 def _band(upper: bool) -> Handler:

@@ -9,12 +9,13 @@ compiler vectorises as it can.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 
 from llmopt.codegen.index import Index, affine, symbols_of, to_cpp
 from llmopt.codegen.loops.ir import (
+    Accumulator,
     Call,
     Cast,
     Constant,
@@ -115,7 +116,11 @@ class _NestPrinter:
         for n, accumulator in enumerate(self.nest.accumulators):
             inside.append(f"Accumulator<{_REDUCTION[accumulator.kind]}, {STORAGE[accumulator.dtype]}> acc{n};")
         for sweep in self.nest.sweeps:
-            inside += ["{", *indent(SweepPrinter(self.kernel, sweep, self._shares_inner).lines()), "}"]
+            inside += [
+                "{",
+                *indent(SweepPrinter(self.kernel, sweep, self._shares_inner, self.nest.accumulators).lines()),
+                "}",
+            ]
         lines = [f"const std::int64_t m{d} = {to_cpp(size)};" for d, size in enumerate(sizes)]
         lines.append(f"const std::int64_t rows = {' * '.join(f'm{d}' for d in range(len(sizes))) or '1'};")
         if self._shares_inner:
@@ -146,8 +151,10 @@ def _odometer(rank: int) -> list[str]:
 class SweepPrinter:
     """The loops of one sweep over a row."""
 
-    def __init__(self, kernel: LoopKernel, sweep: Sweep, shared: bool) -> None:
-        self.kernel, self.sweep, self.shared = kernel, sweep, shared
+    def __init__(
+        self, kernel: LoopKernel, sweep: Sweep, shared: bool, accumulators: Sequence[Accumulator] = ()
+    ) -> None:
+        self.kernel, self.sweep, self.shared, self.accumulators = kernel, sweep, shared, accumulators
         self.inner = f"j{len(sweep.sizes) - 1}" if sweep.sizes else None
         self.varies = self._varying()
         self.vector = self.inner is not None and self._fits_lanes()
@@ -266,16 +273,30 @@ class SweepPrinter:
             "};",
             f"std::int64_t {j} = part.begin;",
         ]
+        sums = [f"acc{n}" for n in dict.fromkeys(a.local for a in self.sweep.accumulates) if self._sums_floats(n)]
+        end = "stop" if sums else "part.end"
+        lanes = []
         if self.sweep.accumulates:
-            loop += [
-                f"for (; {j} + 2 * kLanes <= part.end; {j} += 2 * kLanes) {{",
+            lanes += [
+                f"for (; {j} + 2 * kLanes <= {end}; {j} += 2 * kLanes) {{",
                 f"  body(vf{{}}, {j}, 0);",
                 f"  body(vf{{}}, {j} + kLanes, 1);",
                 "}",
             ]
-        loop.append(f"for (; {j} + kLanes <= part.end; {j} += kLanes) body(vf{{}}, {j}, 0);")
-        loop.append(f"for (; {j} < part.end; ++{j}) body(0.0f, {j}, 0);")
-        return loop
+        lanes.append(f"for (; {j} + kLanes <= {end}; {j} += kLanes) body(vf{{}}, {j}, 0);")
+        if sums:
+            lanes = [
+                f"while ({j} + kLanes <= part.end) {{",
+                f"  const std::int64_t from = {j}, stop = index_min(part.end, from + kRun);",
+                *indent(lanes),
+                *(f"  {name}.settle({j} - from);" for name in sums),
+                "}",
+            ]
+        return [*loop, *lanes, f"for (; {j} < part.end; ++{j}) body(0.0f, {j}, 0);"]
+
+    def _sums_floats(self, local: int) -> bool:
+        accumulator = self.accumulators[local]
+        return accumulator.kind == "sum" and accumulator.dtype == "float32"
 
     def _scalar_loop(self) -> list[str]:
         j = self.inner

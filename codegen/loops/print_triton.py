@@ -44,7 +44,7 @@ TYPES: dict[DType, str] = {
     "bool": "tl.int1",
 }
 _OPERATORS = {
-    "add": "+", "sub": "-", "mul": "*", "bit_and": "&", "bit_or": "|", "bit_xor": "^", "shl": "<<", "shr": ">>",
+    "add": "+", "sub": "-", "mul": "*", "bit_and": "&", "bit_or": "|", "bit_xor": "^",
     "eq": "==", "ne": "!=", "lt": "<", "le": "<=", "gt": ">", "ge": ">=",
 }  # fmt: skip
 # Functions of triton.language, and those of kernels/functions.py (the others of the IR, by their own names).

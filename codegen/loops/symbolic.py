@@ -173,6 +173,8 @@ def divide(index: Expr, divisor: Expr, sizes: Mapping[sympy.Symbol, Expr], refin
     index = expand(index)
     if divisor == 1:
         return index, ZERO
+    if divisor == 0:  # a dimension without entries, which nobody asks for
+        return ZERO, ZERO
     quotient, rest = ZERO, ZERO
     for term in sympy.Add.make_args(index):
         part = exact_quotient(term, divisor)

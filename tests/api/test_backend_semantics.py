@@ -365,7 +365,18 @@ def test_unsupported_inputs_are_errors_when_asked(argument: Tensor) -> None:
     assert isinstance(caught.value.inner_exception, UnsupportedError)
 
 
-@torch.no_grad()
+def test_a_fraction_computed_from_sizes_runs_in_eager_mode() -> None:
+    def function(x: Tensor) -> Tensor:
+        return x * (x.shape[0] ** 0.5)
+
+    x = torch.randn(5, 7)
+    torch._dynamo.reset()
+    torch.testing.assert_close(torch.compile(function, backend="llmopt", dynamic=True)(x), function(x))
+    torch._dynamo.reset()
+    with pytest.raises(torch._dynamo.exc.BackendCompilerFailed, match="computed from sizes, is no integer"):
+        compiled(function)(x)
+
+
 def test_an_op_without_a_kernel(caplog: pytest.LogCaptureFixture) -> None:
     """It runs on ATen beside the kernels; what is said about it depends on the option."""
 

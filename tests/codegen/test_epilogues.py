@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import pytest
@@ -84,6 +85,18 @@ APART: dict[str, tuple[Callable[[Layer, Tensor], object], str]] = {
         lambda m, x: m.first(x)[..., :12] * x[..., :12],
         "the loop does not walk through the product in its order",
     ),
+    "the first sequence": (lambda m, x: m.first(x)[:1] * 2, "the loop covers only some rows of the product"),
+    "all but the last": (lambda m, x: m.first(x)[:-1] * x[1:], "the loop covers only some rows of the product"),
+}
+# Of sizes that are numbers, in which a place in the product and one in a part of it have the same index.
+PARTS: dict[str, Callable[[Layer, Tensor], Tensor]] = {
+    "a token": lambda m, x: m.first(x)[:, :1] * 2,
+    "a token without its dimension": lambda m, x: m.first(x)[:, 0].relu(),
+    "some tokens": lambda m, x: m.first(x)[0, :3] * x[0, :3],
+    "one number": lambda m, x: m.first(x)[:, :1, :1] * 2,
+    "rows as a table": lambda m, x: m.first(x).flatten(0, 1)[:2] * 2 + 1,
+    "no row": lambda m, x: m.first(x)[:, :0] * 2,
+    "a row and all": lambda m, x: m.first(x)[:, :1] + m.first(x),
 }
 
 
@@ -115,6 +128,52 @@ def test_a_norm_takes_the_sum_before_a_product_does() -> None:
     norm = nn.LayerNorm(24)
     lowered = _lowered(Layer(lambda m, x: norm(x + m.first(x))), torch.randn(2, 5, 24))
     assert _kernels(lowered) == [("linear", False), ("layer_norm", False)]
+
+
+@pytest.mark.parametrize("name", PARTS)
+def test_a_part_of_a_product_is_no_epilogue_of_all_of_it(name: str) -> None:
+    """The product would compute the loop for its other rows, too, and store them behind the results' ends."""
+    torch.manual_seed(0)
+    model = Layer(PARTS[name])
+    for x in (torch.randn(1, 6, 24), torch.randn(1, 1, 24)):
+        caught = catch(model, x, dynamic=False)
+        run_pipeline(caught.graph, BACKEND, Options())
+        program = lower(caught.graph, caught.captured.mutations).program
+        numel = math.prod(program.results[0].sizes)
+        for step in program.steps:
+            assert isinstance(step, KernelCall)
+            spec = program.kernels[step.kernel]
+            if spec.loop is not None and spec.product is not None:
+                assert step.ints[len(spec.loop.symbols)] * 24 == numel
+        torch._dynamo.reset()
+        with torch.no_grad():
+            torch.testing.assert_close(torch.compile(model, backend="llmopt", dynamic=False)(x), model(x))
+
+
+class Picked(nn.Module):
+    """A product beside one of its rows, at a place whose sign is unknown: no index of a loop, but a view of memory."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(24, 24)
+
+    def forward(self, x: Tensor, place: int) -> Tensor:
+        product = self.linear(x)
+        return product * 2 + product[place]
+
+
+def test_a_product_whose_memory_is_viewed_is_stored() -> None:
+    model, x = Picked(), torch.randn(5, 24)
+    caught = catch(model, x, -2, dynamic=True)
+    run_pipeline(caught.graph, BACKEND, Options())
+    lowered = lower(caught.graph, caught.captured.mutations)
+    assert ("linear", False) in _kernels(lowered)
+    assert any("a view of the product is read" in reason for reason in lowered.selection.rejected.values())
+    torch._dynamo.reset()
+    with torch.no_grad():
+        compiled = torch.compile(model, backend="llmopt", dynamic=True)
+        for place in (-2, 3):
+            torch.testing.assert_close(compiled(x, place), model(x, place))
 
 
 # Written for products as wide as their input.
@@ -189,3 +248,9 @@ def test_a_malformed_epilogue_is_refused() -> None:
     for change in changes:
         with pytest.raises(ProgramFileError):
             from_json(broken(change))
+    fewer = to_json(program)
+    (step,) = [step for step in fewer["steps"] if fewer["kernels"][step[0]][0] == "linear"]
+    rows = len(fewer["kernels"][step[0]][2]["symbols"])
+    step[2][rows] = ["+", step[2][rows], 1]
+    with pytest.raises(ProgramFileError, match="rows of its product"):
+        from_json(fewer)

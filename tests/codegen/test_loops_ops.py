@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import platform
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from kernels.loop_programs import check, compiled, trace
+from kernels.loop_programs import INTERPRETED, check, compiled, trace
 
 from llmopt.codegen.loops.gathers import SOURCES
 from llmopt.codegen.loops.operations import OPERATIONS
@@ -147,6 +148,10 @@ BINARY: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
         lambda x, y: [aten.bitwise_and(x, y), aten.bitwise_or(x, y), aten.bitwise_xor(x, y), x & y, x | y, x ^ y],
         (*INTS, torch.bool),
     ),
+    "shift_out": (
+        lambda x, y: [aten.bitwise_left_shift(x, y.abs() * 8), aten.bitwise_right_shift(x, y.abs() * 8)],
+        (torch.int64, torch.int32),
+    ),
     "shift": (lambda x, y: [aten.bitwise_left_shift(x, y % 7), aten.bitwise_right_shift(x, y % 7)], INTS),
     "shift_out": (lambda x, y: [aten.bitwise_right_shift(x, 64 + y % 7), x >> 65], (torch.uint8, *INTS)),
     "copy": (aten.copy, ALL),
@@ -169,7 +174,7 @@ TERNARY: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
     "addcmul": (lambda x, y, z: [aten.addcmul(x, y, z), aten.addcmul(x, y, z, value=2)], FLOATS),
     "addcdiv": (lambda x, y, z: aten.addcdiv(x, y, z.abs() + 1, value=0.5), FLOATS),
     "lerp": (lambda x, y, z: aten.lerp(x, y.expand_as(x), z), (torch.float32,)),
-    "lerp_scalar": (lambda x, y, z: aten.lerp(x, y.expand_as(x), 0.25), FLOATS),
+    "lerp_scalar": (lambda x, y, z: [aten.lerp(x, y.expand_as(x), w) for w in (0.25, 0.75)], FLOATS),
     "masked_fill_tensor": (lambda x, y, z: aten.masked_fill(x, z > 0, y[0]), NUMBERS),
     "cat": (lambda x, y, z: aten.cat([x, y.expand_as(x), z], 1), ALL),
     "cat_rows": (lambda x, y, z: aten.cat([x, y.unsqueeze(0), x + x], 0), ALL),
@@ -339,3 +344,30 @@ def test_every_op_of_the_table_is_tested() -> None:
     untested = {str(target).split(".")[1] for target in OPERATIONS} - packets - ELSEWHERE
     # Uninitialised memory has no value to compare, and make_fx writes the others in terms of ops above.
     assert untested <= {"empty", "empty_like", "new_empty"}
+
+
+def test_from_the_nearer_end() -> None:
+    """A weight of 1 gives the end itself, however far the start."""
+    start, end = torch.tensor([1e8, -1e8, 3.0]), torch.tensor([0.1, 0.3, 0.7])
+    program = check(lambda x, y, w: [aten.lerp(x, y, w), aten.lerp(x, y, 1.0)], start, end, torch.ones(3))
+    for result in program(start, end, torch.ones(3)):
+        assert torch.equal(result, end)
+
+
+def test_float16_that_overflows_inside_a_kernel() -> None:
+    """As T5 guards its layers: a test for infinity, or a cast to float32, sees what float16 would have held."""
+
+    def function(x: torch.Tensor) -> list[torch.Tensor]:
+        large = x * 60000
+        guarded = torch.where(aten.isinf(large).any(), large.clamp(-64504, 64504), large)
+        return [aten.isinf(large), aten.isnan(large.float() - large.float()), large.float(), guarded]
+
+    check(function, torch.tensor([2.0, 0.5, -3.0]).half())
+
+
+@pytest.mark.skipif(INTERPRETED, reason="where x86 converts")
+@pytest.mark.skipif(platform.machine() != "x86_64", reason="where x86 converts")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_numbers_outside_an_integer_type(dtype: torch.dtype) -> None:
+    x = torch.tensor([3e9, -3e9, 1e30, float("nan"), float("inf"), -float("inf"), 2.5, -(2.0**31)] * 5, dtype=dtype)
+    check(lambda x: [x.to(torch.int32), x.to(torch.int64)], x)

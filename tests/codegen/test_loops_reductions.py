@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from kernels.loop_programs import VARIANTS, check
+from kernels.loop_programs import INTERPRETED, VARIANTS, check, compiled
 
 aten = torch.ops.aten
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
@@ -186,6 +186,21 @@ def test_row_and_column_reductions_do_not_share_a_nest() -> None:
 
 def test_reduction_of_a_reduction() -> None:
     check(lambda x: [x.amax(-1).sum(-1), (x - x.sum(-1, keepdim=True)).sum(0)], torch.randn(5, 6, 7))
+
+
+def test_a_number_reduces_to_itself() -> None:
+    check(lambda x: [f(x[2, 0]) for f in (torch.sum, torch.mean, torch.amax)], torch.randn(3, 4))
+    check(lambda x: [x[2, 0].softmax(0), x[2, 0].sum(0), x[2, 0].any()], torch.randn(3, 4))
+
+
+@pytest.mark.skipif(INTERPRETED, reason="minutes in the interpreter")
+@pytest.mark.parametrize("columns", [1 << 24, 9])
+def test_long_sums_keep_their_digits(columns: int) -> None:
+    """A lane that has added a million numbers is too large for the next one, in one long row or in many short ones."""
+    x = torch.full(((1 << 24) // columns, columns + 1), 0.1)[:, :columns]
+    program = compiled(lambda x: [x.sum(), x.mean()], x)
+    for actual, expected in zip(program(x), (x.numel() * 0.1, 0.1), strict=True):
+        assert actual.item() == pytest.approx(expected, rel=4e-5)
 
 
 def test_empty_rows() -> None:

@@ -179,6 +179,14 @@ def test_nested_concatenations() -> None:
     check(function, torch.randn(3, 4), torch.randn(3, 6))
 
 
+def test_dimensions_without_entries() -> None:
+    """Nothing is divided by their size."""
+    check(lambda x: (x.reshape(4, 0) + 1).reshape(0, 2, 2), torch.randn(0, 4), static=[-1, -2])
+    check(lambda x: (x + 1).reshape(0).reshape(5, 0, 3), torch.randn(0, 4), static=[-1, -2])
+    check(lambda x: [x.roll(1, 0) * 2, x.repeat(2, 3) + 1], torch.randn(0, 4), static=[-1, -2])
+    check(lambda x: x[2, 0].repeat(2, 3) + 1, torch.randn(3, 4), static=[-1, -2])
+
+
 def test_empty_piece_of_a_concatenation() -> None:
     check(
         lambda x, y: torch.cat([x, y], 0) + 1,

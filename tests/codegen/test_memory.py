@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import sympy
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llmopt.codegen.memory import ALIGNMENT, Life, plan_memory
@@ -26,19 +26,23 @@ def lives(draw: st.DrawFn) -> list[Life]:
     return made
 
 
+@settings(deadline=None)
 @given(lives(), st.integers(0, 70), st.integers(0, 70))
 def test_values_that_live_at_once_do_not_overlap(lives: list[Life], s: int, t: int) -> None:
-    offsets, total = plan_memory(lives)
+    places, total = plan_memory(lives)
     sizes = {S: s, T: t}
     placed = [
-        (life, int(offset.subs(sizes)), int(life.size.subs(sizes))) for life, offset in zip(lives, offsets, strict=True)
+        (life, place, int(place.offset.subs(sizes)), int(life.size.subs(sizes)))
+        for life, place in zip(lives, places, strict=True)
     ]
-    for index, (life, start, size) in enumerate(placed):
+    for index, (life, place, start, size) in enumerate(placed):
         assert start % ALIGNMENT == 0
         assert 0 <= start <= start + size <= int(total.subs(sizes))
-        for other, begin, length in placed[:index]:
+        for other, taken, begin, length in placed[:index]:
             together = life.first <= other.last and other.first <= life.last
-            assert not together or start + size <= begin or begin + length <= start or not size or not length
+            apart = start + size <= begin or begin + length <= start or not size or not length
+            assert apart or not together
+            assert apart or (place.overlaps(taken) and taken.overlaps(place))
 
 
 def _layers(count: int, unit: sympy.Expr) -> list[Life]:
@@ -59,7 +63,10 @@ def test_as_much_as_is_alive_at_once_and_no_more_for_more_layers() -> None:
 
 def test_sizes_of_one_kind_are_compared_and_sizes_of_two_kinds_are_not() -> None:
     small, large = Life(64 * S, 0, 1), Life(128 * S, 2, 3)
-    assert plan_memory([small, large]) == ([0, 0], 128 * S)
-    offsets, total = plan_memory([small, Life(64 * T, 2, 3)])
-    assert offsets == [0, 64 * S]
+    places, total = plan_memory([small, large])
+    assert ([place.offset for place in places], total) == ([0, 0], 128 * S)
+    assert places[0].overlaps(places[1])
+    places, total = plan_memory([small, Life(64 * T, 2, 3)])
+    assert [place.offset for place in places] == [0, 64 * S]
+    assert not places[0].overlaps(places[1])
     assert total == 64 * S + 64 * T

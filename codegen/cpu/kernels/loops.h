@@ -317,9 +317,11 @@ LLMOPT_INLINE To convert(From x) {
   if constexpr (std::is_same_v<To, bool>) {
     return x != 0;
   } else if constexpr (is_int<To> && std::is_floating_point_v<From>) {
-    // Out of range or NaN: the value that x86 gives, then the low bits.
-    const bool fits = x >= From(-9223372036854775808.0) && x < From(9223372036854775808.0);
-    return static_cast<To>(fits ? static_cast<std::int64_t>(x) : std::numeric_limits<std::int64_t>::min());
+    // Out of range or NaN: the value that x86 gives, the smallest. A narrow type has the low bits of a wide one.
+    using Wide = std::conditional_t<std::is_same_v<To, std::int32_t>, std::int32_t, std::int64_t>;
+    constexpr From least = static_cast<From>(std::numeric_limits<Wide>::min());
+    const bool fits = x >= least && x < -least;
+    return static_cast<To>(fits ? static_cast<Wide>(x) : std::numeric_limits<Wide>::min());
   } else {
     return static_cast<To>(x);
   }
@@ -473,7 +475,10 @@ struct All {
 };
 
 // Two banks of lanes, so that a sum need not wait for the one before, and a scalar for the rest of the row. Scalar
-// sums of float are carried in double: a row of thousands would lose digits that the lanes keep.
+// sums of float are carried in double: a row of thousands would lose digits that the lanes keep. A row of millions loses
+// them in the lanes, too, so that these are emptied into the scalar after every kRun elements.
+constexpr std::int64_t kRun = 2048 * kLanes;
+
 template <class Op, class T>
 struct Accumulator {
   static constexpr bool wide = std::is_same_v<T, float> || std::is_same_v<T, bool>;
@@ -483,10 +488,20 @@ struct Accumulator {
 
   Narrow narrow = Op::template start<Narrow>;
   Wide banks[2] = {Wide{} + Op::template start<Lane>, Wide{} + Op::template start<Lane>};
+  std::int64_t run = 0;
 
   LLMOPT_INLINE void add(T x, int) { narrow = Op::combine(narrow, static_cast<Narrow>(x)); }
   LLMOPT_INLINE void add(Wide x, int bank) { banks[bank] = Op::combine(banks[bank], x); }
-  LLMOPT_INLINE T value() const {
+  // Called by sums of float after `count` elements went into the lanes.
+  LLMOPT_INLINE void settle(std::int64_t count) {
+    run += count;
+    if (run < kRun) return;
+    narrow = total();
+    banks[0] = banks[1] = Wide{};
+    run = 0;
+  }
+  LLMOPT_INLINE T value() const { return static_cast<T>(total()); }
+  LLMOPT_INLINE Narrow total() const {
     if constexpr (wide) {
       const Wide both = Op::combine(banks[0], banks[1]);
       Lane lanes[kLanes];
@@ -496,7 +511,7 @@ struct Accumulator {
       if constexpr (std::is_same_v<T, bool>)
         return Op::combine(narrow, lanes[0] != 0);
       else
-        return static_cast<T>(Op::combine(narrow, static_cast<Narrow>(lanes[0])));
+        return Op::combine(narrow, static_cast<Narrow>(lanes[0]));
     } else {
       return narrow;
     }

@@ -59,6 +59,20 @@ def sign(x):
 
 
 @triton.jit
+def shl(x, n):
+    """A shift by a negative number or by the width and more gives what shifting every bit out gives."""
+    fits = (n >= 0) & (n < x.dtype.primitive_bitwidth)
+    return tl.where(fits, x << tl.where(fits, n, 0), 0).to(x.dtype)
+
+
+@triton.jit
+def shr(x, n):
+    """As `shl`: 0, or of a negative number -1."""
+    fits = (n >= 0) & (n < x.dtype.primitive_bitwidth)
+    return tl.where(fits, x >> tl.where(fits, n, 0), tl.where(x < 0, -1, 0)).to(x.dtype)
+
+
+@triton.jit
 def sigmoid(x):
     return 1.0 / (1.0 + tl.exp(-x))
 
