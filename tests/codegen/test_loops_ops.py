@@ -153,7 +153,7 @@ BINARY: dict[str, tuple[Callable[..., Any], tuple[torch.dtype, ...]]] = {
         (torch.int64, torch.int32),
     ),
     "shift": (lambda x, y: [aten.bitwise_left_shift(x, y % 7), aten.bitwise_right_shift(x, y % 7)], INTS),
-    "shift_out": (lambda x, y: [aten.bitwise_right_shift(x, 64 + y % 7), x >> 65], (torch.uint8, *INTS)),
+    "shift_far": (lambda x, y: [aten.bitwise_right_shift(x, 64 + y % 7), x >> 65], (torch.uint8, *INTS)),
     "copy": (aten.copy, ALL),
     "clamp_tensor": (lambda x, y: [aten.clamp(x, y, y + 1), aten.clamp_min(x, y), aten.clamp_max(x, y)], NUMBERS),
     "type_as": (lambda x, y: [x.to(torch.float32).type_as(y), x.to(torch.bfloat16).to(y)], FLOATS),
