@@ -207,17 +207,6 @@ def test_a_residual_is_added_to_the_rounded_product() -> None:
             assert torch.equal(compiled(x), model(x))
 
 
-def test_a_row_has_the_same_bits_in_any_batch() -> None:
-    torch.manual_seed(0)
-    model = Layer(lambda m, x: x + F.gelu(m.first(x))).to(torch.bfloat16).eval()
-    options = {"batch_invariant": True}
-    compiled = torch.compile(model, backend="llmopt", dynamic=True, options=options)
-    with torch.no_grad():
-        x = torch.randn(60, 16, 24).to(torch.bfloat16)
-        whole = compiled(x)
-        assert torch.equal(whole[7:9], compiled(x[7:9]))
-
-
 def test_a_malformed_epilogue_is_refused() -> None:
     program = _lowered(Layer(FUSED["residual"]), torch.randn(2, 5, 24)).program
     good = to_json(program)

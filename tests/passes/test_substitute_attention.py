@@ -368,8 +368,9 @@ def test_sizes_that_must_be_equal_become_one() -> None:
     assert to_expr(tensor(node.args[1]).shape[1]) == to_expr(tensor(node.args[2]).shape[1])
 
 
-def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | float = 0.0) -> Tensor:
-    return F.softmax(q @ k.mT * SCALE + mask, -1) @ v
+def attend(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+    scores = q @ k.mT * SCALE
+    return F.softmax(scores if mask is None else scores + mask, -1) @ v
 
 
 def spread(x: Tensor, batch: int, length: int) -> Tensor:

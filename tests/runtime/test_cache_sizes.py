@@ -19,7 +19,10 @@ def program(windows: list[int], block_size: int = 16) -> Any:
     specs = [CacheSpec(i, 2, 16, 16, torch.float32, w, group=int(grouped and w > 0)) for i, w in enumerate(windows)]
     counts = [sum(spec.group == g for spec in specs) for g in range(1 + grouped)]
     per_page = [count * block_size * specs[0].bytes_per_token() for count in counts]
-    return SimpleNamespace(caches=specs, block_size=block_size, bytes_per_block_of_groups=lambda: per_page)
+    executable = SimpleNamespace(device=torch.device("cpu"))
+    return SimpleNamespace(
+        caches=specs, block_size=block_size, bytes_per_block_of_groups=lambda: per_page, executable=executable
+    )
 
 
 @pytest.mark.parametrize("windows", [[0], [0, 0, 0], [64, 64], [512, 0, 512, 512, 0]])
