@@ -108,6 +108,7 @@ def _barriers(program: Program) -> int:
     return sum(step.sync_after for step in program.steps if isinstance(step, KernelCall))
 
 
+@pytest.mark.slow
 def test_a_layer_has_no_more_barriers_than_before_places_were_compared() -> None:
     """A layer of a Llama has 11 calls, one of a BERT 7."""
     assert _barriers(llama_step(2)) - _barriers(llama_step(1)) == 10

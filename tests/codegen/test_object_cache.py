@@ -243,12 +243,13 @@ print(build_library([source]))
 """
 
 
-def test_32_processes_write_at_once(folder: Path) -> None:
+@pytest.mark.parametrize("count", [6, pytest.param(32, marks=pytest.mark.slow)])
+def test_processes_write_at_once(count: int, folder: Path) -> None:
     command = [sys.executable, "-c", _WRITER]
     with contextlib.ExitStack() as stack:
         writers = [
             stack.enter_context(subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True))
-            for _ in range(32)
+            for _ in range(count)
         ]
         for writer in writers:
             stack.callback(writer.kill)  # before it is waited for, where another one has failed
