@@ -352,8 +352,7 @@ class _Lowering:
         """What the graph returns, or the view of it that the caller gets."""
         seen = self.views.get(number)
         if seen is None:
-            (end,) = self.graph.find_nodes(op="output")
-            return self._argument(item, end)
+            return self._argument(item, self.graph.output_node())
         sizes, strides = (tuple(map(self.index, part)) for part in (seen.shape, map(to_stride, seen.stride())))
         return View(self.value_of[view_base(item)], self.index(seen.storage_offset()), sizes, strides)
 

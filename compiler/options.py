@@ -35,8 +35,8 @@ class Options:
         "int4" quantized, with scales for every token and head.
     kv_cache_memory_bytes: memory of the KV cache; 0 leaves it to `gpu_memory_utilization`.
     gpu_memory_utilization: the fraction of the available memory (of the GPU, or of the machine and its control groups)
-        that the KV cache may take, up to what `max_num_seqs` of the longest sequences could hold; pages
-        take memory once used.
+        that the KV cache may take, up to what `max_num_seqs` of the longest sequences could hold; on a
+        CPU, pages take memory once used.
     swap_space_bytes: memory of the host, besides the KV cache, to which preempted requests' pages may be copied instead
         of being computed again; 0 is none. On a GPU it holds what the GPU's memory does not.
     enable_prefix_caching: requests whose tokens begin alike share the pages of what they have in common.

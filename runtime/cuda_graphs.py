@@ -98,7 +98,6 @@ class DecodeGraphs:
         self._run = run
         self._captured: weakref.WeakKeyDictionary[KVCache, dict[_Kind, _Captured]] = weakref.WeakKeyDictionary()
         self._weights_version = -1
-        self._pool: Any = None
         self.replays = 0
 
     def __call__(self, batch: StepBatch, cache: KVCache, executable: Any) -> Tensor | None:
@@ -142,8 +141,10 @@ class DecodeGraphs:
                 self._run(inputs, cache)
             torch.cuda.current_stream(device).wait_stream(stream)
             graph = torch.cuda.CUDAGraph()
-            if self._pool is None:
-                self._pool = torch.cuda.graph_pool_handle()
-            with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+            with torch.cuda.graph(graph, pool=self._shared_pool(), stream=stream, capture_error_mode="thread_local"):
                 logits = self._run(inputs, cache)
         return _Captured(graph, inputs, logits)
+
+    def _shared_pool(self) -> Any:
+        """The memory of the graphs that there are, None for none: PyTorch takes no pool again that all have left."""
+        return next((each.graph.pool() for graphs in self._captured.values() for each in graphs.values()), None)

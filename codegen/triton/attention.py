@@ -17,7 +17,7 @@ SPLIT_KEYS = 256  # keys that a split should have at least, by the longest seque
 
 def paged_workspace(call: PlannedCall) -> sympy.Expr:
     """Bytes of what the splits of all tokens leave: values, maximum and sum in float32."""
-    heads, value_size, tokens = call.ints[1], call.ints[4], call.ints[12]
+    heads, value_size, tokens = call.ints[1], call.ints[4], call.ints[-2]
     return 4 * MAX_SPLITS * sympy.Min(tokens, SPLIT_TOKENS) * heads * (value_size + 2)
 
 

@@ -69,6 +69,9 @@ class Graph:
     def replay(self) -> None:
         pass
 
+    def pool(self) -> tuple[int, int]:
+        return (0, 7)
+
 
 @dataclasses.dataclass(eq=False)
 class Cache:
@@ -112,9 +115,13 @@ def test_graphs_end_with_their_cache_and_with_the_weights(captures: list[Any]) -
     cache, other = Cache([torch.zeros(4)]), Cache([torch.zeros(4)])
     graphs(step, cache, gpu), graphs(step, other, gpu)  # type: ignore[arg-type]
     assert len(graphs._captured) == 2
+    assert graphs._shared_pool() == (0, 7)
     captures.clear()
     del other
     assert len(graphs._captured) == 1
     gpu.weights_version += 1
     graphs(step, cache, gpu)  # type: ignore[arg-type]
     assert len(captures) == 1
+    del cache
+    captures.clear()  # which hold it
+    assert graphs._shared_pool() is None
