@@ -1,4 +1,4 @@
-"""The command line: `llmopt generate`, `bench`, `explain`, `bisect`, `repro`, `export`, `env`.
+"""The command line: `llmopt generate`, `bench`, `explain`, `bisect`, `repro`, `export`, `cache`, `env`.
 
 Results go to stdout, progress and errors to stderr. Exit status: 0 done, 1 the file system refused, 2 a mistake in
 what was asked (every `LlmoptError`), 130 interrupted. Whatever is slow to import is imported inside the command that
@@ -16,6 +16,7 @@ import typer
 import llmopt
 from llmopt.commands import bench as benching
 from llmopt.commands import bisect as bisecting
+from llmopt.commands import cache as caching
 from llmopt.commands import env as environment
 from llmopt.commands import explain as explaining
 from llmopt.commands import export as exporting
@@ -74,6 +75,7 @@ app.command(epilog=explaining.EPILOG)(explaining.explain)
 app.command(epilog=bisecting.EPILOG, context_settings=bisecting.CONTEXT)(bisecting.bisect)
 app.command(epilog=reproducing.EPILOG, context_settings=reproducing.CONTEXT)(reproducing.repro)
 app.command(epilog=exporting.EPILOG)(exporting.export)
+app.add_typer(caching.app, name="cache")
 app.command(epilog=environment.EPILOG)(environment.env)
 
 

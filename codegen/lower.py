@@ -33,10 +33,10 @@ from llmopt.codegen.program import (
     View,
 )
 from llmopt.codegen.result_layouts import keep_layouts
-from llmopt.codegen.select import Selection, is_size, is_view, select_kernels
+from llmopt.codegen.select import Selection, is_size, select_kernels
 from llmopt.codegen.target import target_of
 from llmopt.compiler.errors import UnsupportedError
-from llmopt.compiler.graph import is_op, is_tensor, location, outputs, placeholders, tensor, to_expr, view_base
+from llmopt.compiler.graph import is_op, is_tensor, is_view, location, outputs, placeholders, tensor, to_expr, view_base
 
 
 @dataclass

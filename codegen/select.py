@@ -16,7 +16,7 @@ from llmopt.codegen.epilogues import Attached, plan_epilogues
 from llmopt.codegen.loops.group import LoopGroup, plan_loops
 from llmopt.codegen.target import plan_template
 from llmopt.compiler.aliasing import escapes
-from llmopt.compiler.graph import VIEW_OPS, aten, is_op, is_tensor, outputs, placeholders, tensor, to_expr, view_base
+from llmopt.compiler.graph import aten, is_op, is_tensor, is_view, outputs, placeholders, tensor, to_expr, view_base
 from llmopt.compiler.verify import Binding, check_bindings
 
 
@@ -79,11 +79,6 @@ def weight_only(graph: fx.Graph) -> set[Node]:
 
 def _symbols(val: torch.Tensor) -> set[Any]:
     return {s for size in val.shape for s in to_expr(size).free_symbols}
-
-
-def is_view(node: Node) -> bool:
-    """Whether a node only looks at another's memory, so that nothing computes it."""
-    return node.op == "call_function" and (node.target in VIEW_OPS or (is_tensor(node) and view_base(node) is not node))
 
 
 def select_kernels(graph: fx.Graph) -> Selection:

@@ -25,24 +25,30 @@ aten = torch.ops.aten
 VIEW_OPS: frozenset[Any] = frozenset(
     {
         aten.alias.default,
+        aten.chunk.default,
         aten.detach.default,
         aten.expand.default,
+        aten.expand_as.default,
+        aten.mT.default,
+        aten.narrow.default,
+        aten.numpy_T.default,
         aten.permute.default,
         aten.select.int,
         aten.slice.Tensor,
         aten.split.Tensor,
+        aten.split.sizes,
         aten.split_with_sizes.default,
-        aten.chunk.default,
-        aten.unbind.int,
         aten.squeeze.default,
         aten.squeeze.dim,
         aten.squeeze.dims,
+        aten.swapaxes.default,
         aten.t.default,
         aten.transpose.int,
+        aten.unbind.int,
+        aten.unflatten.int,
         aten.unsqueeze.default,
         aten.view.default,
         aten._unsafe_view.default,
-        aten.unflatten.int,
     }
 )
 
@@ -95,15 +101,16 @@ def may_equal(a: Any, b: Any) -> bool:
     return None in hints or bool(hints[0] == hints[1])
 
 
+def is_view(node: Node) -> bool:
+    """Whether a node always looks at its first argument's memory: a view op, or an element of one that splits."""
+    viewed = node.args[0] if node.target is operator.getitem else node
+    return isinstance(viewed, Node) and viewed.op == "call_function" and viewed.target in VIEW_OPS
+
+
 def view_base(node: Node) -> Node:
     """The node that owns the memory which `node` looks at: walks up views and elements of split results."""
-    while node.op == "call_function":
-        if node.target in VIEW_OPS or (
-            node.target is operator.getitem and isinstance(node.args[0], Node) and node.args[0].target in VIEW_OPS
-        ):
-            node = node.args[0]
-        else:
-            break
+    while is_view(node):
+        node = node.args[0]
     return node
 
 

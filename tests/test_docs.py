@@ -176,7 +176,7 @@ def test_commands_exist(page: str) -> None:
         if words[:1] == ["make"]:
             assert words[1] in targets, line
         if words[:1] == ["llmopt"] and page.endswith(".md") and "import" not in words[1:2]:
-            command = words[1:3] if words[1] == "bench" else words[1:2]
+            command = words[1:3] if words[1] in ("bench", "cache") else words[1:2]
             answer = CliRunner().invoke(app, [*command, "--help"])
             assert answer.exit_code == 0, line
             flags = re.findall(r"(?<![\w-])--[a-z-]+", line)

@@ -10,6 +10,7 @@ folder of this process.
 from __future__ import annotations
 
 import atexit
+import contextlib
 import functools
 import hashlib
 import logging
@@ -18,11 +19,13 @@ import shutil
 import stat
 import tempfile
 import threading
+import time
 from pathlib import Path
 
 log = logging.getLogger(__name__)
 
 _MAGIC = b"\0llmopt1"
+_DAY_S = 86400.0
 
 _lock = threading.Lock()  # held while a folder is looked at or made: several threads compile at once
 
@@ -120,9 +123,17 @@ def _look_up(name: str) -> tuple[Path, bytes] | None:
             log.warning("kernel cache entry %s cannot be read (%s); compiling again", path, error)
             continue
         if content[-_SEAL_BYTES:] == _digest(content[:-_SEAL_BYTES]):
+            mark_used(path)
             return path, content[:-_SEAL_BYTES]
         log.warning("kernel cache entry %s is damaged; compiling again", path)
     return None
+
+
+def mark_used(path: Path) -> None:
+    """Notes, to the day, that an entry is in use: `llmopt cache prune` goes by a file's time of modification."""
+    with contextlib.suppress(OSError):  # read-only, or just removed
+        if time.time() - path.stat().st_mtime > _DAY_S:
+            os.utime(path)
 
 
 def keep(name: str, made: Path) -> Path:

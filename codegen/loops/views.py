@@ -29,8 +29,7 @@ from llmopt.codegen.loops.symbolic import (
     shape_of,
     size_expression,
 )
-
-aten = torch.ops.aten
+from llmopt.compiler.graph import aten, is_view
 
 
 def bound_arguments(node: Node) -> dict[str, Any]:
@@ -264,37 +263,33 @@ def _first(node: Node) -> Node:
     return source
 
 
-# Always share memory with their source.
-_ALIASES: dict[Any, Transform] = {
+# Views (`graph.VIEW_OPS`), and what is one or not, as its operands have it.
+_VIEWS: dict[Any, Transform] = {
     aten.alias.default: _same,
+    aten.contiguous.default: _same,
     aten.detach.default: _same,
-    aten.view.default: _reshape,
-    aten._unsafe_view.default: _reshape,
-    aten.unsqueeze.default: _reshape,
+    aten.expand.default: _expand,
+    aten.expand_as.default: _expand,
+    aten.flatten.using_ints: _reshape,
+    aten.mT.default: _permute,
+    aten.narrow.default: _slice,
+    aten.numpy_T.default: _permute,
+    aten.permute.default: _permute,
+    aten.reshape.default: _reshape,
+    aten.reshape_as.default: _reshape,
+    aten.select.int: _select,
+    aten.slice.Tensor: _slice,
     aten.squeeze.default: _reshape,
     aten.squeeze.dim: _reshape,
     aten.squeeze.dims: _reshape,
-    aten.permute.default: _permute,
-    aten.transpose.int: _permute,
     aten.swapaxes.default: _permute,
     aten.t.default: _permute,
-    aten.numpy_T.default: _permute,
-    aten.mT.default: _permute,
-    aten.expand.default: _expand,
-    aten.expand_as.default: _expand,
-    aten.slice.Tensor: _slice,
-    aten.narrow.default: _slice,
-    aten.select.int: _select,
-    operator.getitem: _getitem,
-}
-# Share memory or not, as their operands have it.
-_MAYBE_ALIASES: dict[Any, Transform] = {
-    aten.reshape.default: _reshape,
-    aten.flatten.using_ints: _reshape,
+    aten.transpose.int: _permute,
     aten.unflatten.int: _reshape,
+    aten.unsqueeze.default: _reshape,
+    aten.view.default: _reshape,
     aten.view_as.default: _reshape,
-    aten.reshape_as.default: _reshape,
-    aten.contiguous.default: _same,
+    aten._unsafe_view.default: _reshape,
 }
 _COPIES: dict[Any, Transform] = {
     aten.clone.default: _same,
@@ -337,17 +332,14 @@ def transform_of(node: Node) -> Transform | None:
         return _same if tensor_of(node).dtype == tensor_of(_first(node)).dtype else None
     if target is aten.index.Tensor and not _by_arithmetic(node):
         return None
-    for table in (_ALIASES, _MAYBE_ALIASES, _COPIES):
-        if target in table:
-            return table[target]
-    return None
+    return _VIEWS.get(target) or _COPIES.get(target)
 
 
 def is_alias(node: Node) -> bool:
     """Whether `node` is a view op whose result shares memory with its source."""
     if transform_of(node) is None:
         return False
-    if node.target in _ALIASES:
+    if is_view(node):
         return True
     if node.target in _COPIES or node.target is aten._to_copy.default:
         return False

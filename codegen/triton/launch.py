@@ -16,7 +16,7 @@ from typing import Any
 
 import torch
 
-from llmopt.codegen.cpu.object_cache import cache_folder
+from llmopt.codegen.cpu.object_cache import cache_folder, mark_used
 from llmopt.compiler.errors import ToolchainError
 
 KERNELS = "llmopt.codegen.triton.kernels"
@@ -66,6 +66,7 @@ def load_source(text: str) -> ModuleType:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
         Path(temporary).replace(path)
+    mark_used(path)
     spec = importlib.util.spec_from_file_location(name, path)
     if spec is None or spec.loader is None:
         raise ToolchainError(f"cannot load the generated kernel {path}")

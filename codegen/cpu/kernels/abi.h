@@ -3,9 +3,11 @@
 // A step is a list of kernel calls. One team of workers runs the whole list inside one OpenMP parallel region: each
 // worker calls every kernel in order, takes its own share of the work by (index, count), and meets the others at a
 // spin barrier between calls. A kernel therefore never starts threads, never allocates and never locks.
+//
+// Every kernel is compiled on its own, so headers take the light ones of the standard library only (atomic operations are
+// the compilers' builtins): reading a heavy one takes longer than compiling a small kernel.
 #pragma once
 
-#include <atomic>
 #include <cstddef>
 #include <cstdint>
 
@@ -23,19 +25,19 @@ class Barrier {
  public:
   void wait(int count) {
     if (count == 1) return;
-    const int phase = phase_.load(std::memory_order_relaxed);
-    if (arrived_.fetch_add(1, std::memory_order_acq_rel) + 1 == count) {
-      arrived_.store(0, std::memory_order_relaxed);
-      phase_.store(phase + 1, std::memory_order_release);
+    const int phase = __atomic_load_n(&phase_, __ATOMIC_RELAXED);
+    if (__atomic_add_fetch(&arrived_, 1, __ATOMIC_ACQ_REL) == count) {
+      __atomic_store_n(&arrived_, 0, __ATOMIC_RELAXED);
+      __atomic_store_n(&phase_, phase + 1, __ATOMIC_RELEASE);
       return;
     }
-    for (int spins = 0; phase_.load(std::memory_order_acquire) == phase; ++spins) pause(spins);
+    for (int spins = 0; __atomic_load_n(&phase_, __ATOMIC_ACQUIRE) == phase; ++spins) pause(spins);
   }
 
  private:
   static void pause(int spins);  // executor.cpp
-  alignas(64) std::atomic<int> arrived_{0};
-  alignas(64) std::atomic<int> phase_{0};
+  alignas(64) int arrived_ = 0;
+  alignas(64) int phase_ = 0;
 };
 
 // One thread's view of the team.
@@ -44,14 +46,14 @@ struct Worker {
   int count;
   char* scratch;  // kScratchBytes, aligned to 64, private, undefined at entry
   Barrier* barrier;
-  std::atomic<int>* failure;
+  int* failure;  // shared by the team
 
   void sync() const { barrier->wait(count); }
   // Another worker's scratch; what it holds is defined only between two sync() of both.
   char* scratch_of(int worker) const { return scratch + (worker - index) * static_cast<std::ptrdiff_t>(kScratchBytes); }
   void fail(Failure why) const {
     int expected = kOk;
-    failure->compare_exchange_strong(expected, why);
+    __atomic_compare_exchange_n(failure, &expected, static_cast<int>(why), false, __ATOMIC_RELAXED, __ATOMIC_RELAXED);
   }
 };
 

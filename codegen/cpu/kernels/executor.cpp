@@ -98,9 +98,9 @@ struct Team {
   const Plan* plan;
   int (*num_threads)();  // how many the OpenMP runtime really gave, or null for one
   Barrier barrier;
-  std::atomic<int> failure{kOk};
-  std::atomic<int> failed_call{-1};
-  std::atomic<int> next_index{0};
+  int failure = kOk;  // these three are read and written atomically
+  int failed_call = -1;
+  int next_index = 0;
 };
 
 static double now() {
@@ -112,7 +112,7 @@ static double now() {
 static void work(void* raw) {
   Team& team = *static_cast<Team*>(raw);
   const Plan& plan = *team.plan;
-  const int index = team.next_index.fetch_add(1);
+  const int index = __atomic_fetch_add(&team.next_index, 1, __ATOMIC_RELAXED);
   const int count = team.num_threads ? team.num_threads() : 1;
   const Worker worker{index, count, plan.scratch + kScratchBytes * static_cast<std::size_t>(index), &team.barrier,
                       &team.failure};
@@ -123,9 +123,10 @@ static void work(void* raw) {
     const Args args{plan.addresses + call.tensors, plan.int_args + call.ints, plan.floats + call.floats, nullptr};
     call.kernel(args, worker);
     if (call.sync_after) worker.sync();
-    if (team.failure.load(std::memory_order_relaxed) != kOk) {
+    if (__atomic_load_n(&team.failure, __ATOMIC_RELAXED) != kOk) {
       int none = -1;
-      team.failed_call.compare_exchange_strong(none, static_cast<int>(i));
+      __atomic_compare_exchange_n(&team.failed_call, &none, static_cast<int>(i), false, __ATOMIC_RELAXED,
+                                  __ATOMIC_RELAXED);
     }
     if (timed) {
       const double after = now();
@@ -157,6 +158,5 @@ extern "C" __attribute__((visibility("default"))) std::int64_t llmopt_run(const 
   } else {
     run->parallel(work, &team, static_cast<unsigned>(run->threads), 0);
   }
-  const int failure = team.failure.load();
-  return failure == kOk ? 0 : failure + 256 * static_cast<std::int64_t>(team.failed_call.load());
+  return team.failure == kOk ? 0 : team.failure + 256 * static_cast<std::int64_t>(team.failed_call);
 }

@@ -12,8 +12,6 @@
 // into the weight of a value, so that an element costs its conversion alone.
 #pragma once
 
-#include <algorithm>
-
 #include "matrix.h"
 #include "rows.h"
 
@@ -176,7 +174,8 @@ void quantize_row(float* row, std::int64_t dim, S* codes, char* parameters) {
   std::int32_t greatest_bits = 0;  // as integers magnitudes are ordered, and NaN above infinity above all numbers
   float least = row[0], greatest = row[0];
   for (std::int64_t i = 0; i < dim; ++i) {
-    greatest_bits = std::max(greatest_bits, static_cast<std::int32_t>(float_to_bits(row[i]) & 0x7fffffffu));
+    const std::int32_t bits = static_cast<std::int32_t>(float_to_bits(row[i]) & 0x7fffffffu);
+    greatest_bits = bits > greatest_bits ? bits : greatest_bits;
     least = row[i] < least ? row[i] : least;
     greatest = row[i] > greatest ? row[i] : greatest;
   }

@@ -4,10 +4,10 @@
 // V is float or vf. A condition is bool beside float and a vector of masks (0 or -1) beside vf.
 #pragma once
 
-#include <cmath>
 #include <type_traits>
 
 #include "abi.h"
+#include "libm.h"
 #include "simd.h"
 
 namespace llmopt {
@@ -99,19 +99,19 @@ LLMOPT_INLINE V each(V a, V b, F f) {
   LLMOPT_INLINE V f_##name(V a) {                       \
     return each(a, [](auto x) { return expression; });  \
   }
-LLMOPT_LIBM(exp2, std::exp2(x))
-LLMOPT_LIBM(expm1, std::expm1(x))
-LLMOPT_LIBM(log, std::log(x))
-LLMOPT_LIBM(log2, std::log2(x))
-LLMOPT_LIBM(log1p, std::log1p(x))
-LLMOPT_LIBM(sqrt, std::sqrt(x))
-LLMOPT_LIBM(cos, std::cos(x))
-LLMOPT_LIBM(sin, std::sin(x))
-LLMOPT_LIBM(tan, std::tan(x))
-LLMOPT_LIBM(floor, std::floor(x))
-LLMOPT_LIBM(ceil, std::ceil(x))
-LLMOPT_LIBM(round, std::nearbyint(x))  // half to even, as PyTorch
-LLMOPT_LIBM(trunc, std::trunc(x))
+LLMOPT_LIBM(exp2, libm::exp2(x))
+LLMOPT_LIBM(expm1, libm::expm1(x))
+LLMOPT_LIBM(log, libm::log(x))
+LLMOPT_LIBM(log2, libm::log2(x))
+LLMOPT_LIBM(log1p, libm::log1p(x))
+LLMOPT_LIBM(sqrt, libm::sqrt(x))
+LLMOPT_LIBM(cos, libm::cos(x))
+LLMOPT_LIBM(sin, libm::sin(x))
+LLMOPT_LIBM(tan, libm::tan(x))
+LLMOPT_LIBM(floor, libm::floor(x))
+LLMOPT_LIBM(ceil, libm::ceil(x))
+LLMOPT_LIBM(round, libm::nearbyint(x))  // half to even, as PyTorch
+LLMOPT_LIBM(trunc, libm::trunc(x))
 #undef LLMOPT_LIBM
 
 template <class V>
@@ -131,13 +131,13 @@ LLMOPT_INLINE V f_reciprocal(V a) {
     else                                    \
       return llmopt::name(x);               \
   }
-LLMOPT_SIMD(exp, std::exp(x))
-LLMOPT_SIMD(tanh, std::tanh(x))
-LLMOPT_SIMD(erf, std::erf(x))
-LLMOPT_SIMD(sigmoid, 1.0 / (1.0 + std::exp(-x)))
-LLMOPT_SIMD(silu, x / (1.0 + std::exp(-x)))
-LLMOPT_SIMD(gelu_erf, x * 0.5 * (1.0 + std::erf(x * 0.70710678118654752)))
-LLMOPT_SIMD(gelu_tanh, x * 0.5 * (1.0 + std::tanh(0.79788456080286536 * (x + x * x * x * 0.044715))))
+LLMOPT_SIMD(exp, libm::exp(x))
+LLMOPT_SIMD(tanh, libm::tanh(x))
+LLMOPT_SIMD(erf, libm::erf(x))
+LLMOPT_SIMD(sigmoid, 1.0 / (1.0 + libm::exp(-x)))
+LLMOPT_SIMD(silu, x / (1.0 + libm::exp(-x)))
+LLMOPT_SIMD(gelu_erf, x * 0.5 * (1.0 + libm::erf(x * 0.70710678118654752)))
+LLMOPT_SIMD(gelu_tanh, x * 0.5 * (1.0 + libm::tanh(0.79788456080286536 * (x + x * x * x * 0.044715))))
 #undef LLMOPT_SIMD
 
 template <class V>
@@ -200,7 +200,7 @@ LLMOPT_INLINE V f_fmod(V a, V b) {
   if constexpr (is_int<V>)
     return trunc_mod_int(a, b);
   else
-    return each(a, b, [](auto x, auto y) { return std::fmod(x, y); });
+    return each(a, b, [](auto x, auto y) { return libm::fmod(x, y); });
 }
 template <class V>
 LLMOPT_INLINE V f_remainder(V a, V b) {
@@ -208,7 +208,7 @@ LLMOPT_INLINE V f_remainder(V a, V b) {
     return floor_mod(a, b);
   else
     return each(a, b, [](auto x, auto y) {
-      const auto r = std::fmod(x, y);
+      const auto r = libm::fmod(x, y);
       return r != 0 && (r < 0) != (y < 0) ? r + y : r;
     });
 }
@@ -220,10 +220,10 @@ LLMOPT_INLINE V f_floor_div(V a, V b) {
     return each(a, b, [](auto x, auto y) {
       if (y == 0) return x / y;
       // Through the remainder, as Python does: floor(x / y) is one too large where the quotient rounds up.
-      const auto r = std::fmod(x, y);
+      const auto r = libm::fmod(x, y);
       auto q = (x - r) / y;
       if (r != 0 && (r < 0) != (y < 0)) q -= 1;
-      return q == 0 ? std::copysign(q, x / y) : std::nearbyint(q);
+      return q == 0 ? libm::copysign(q, x / y) : libm::nearbyint(q);
     });
 }
 template <class V>
@@ -244,7 +244,7 @@ LLMOPT_INLINE V f_pow(V a, V b) {
     }
     return result;
   } else {
-    return each(a, b, [](auto x, auto y) { return std::pow(x, y); });
+    return each(a, b, [](auto x, auto y) { return libm::pow(x, y); });
   }
 }
 

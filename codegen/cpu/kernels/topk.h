@@ -15,7 +15,6 @@
 #pragma once
 
 #include <algorithm>
-#include <functional>
 #include <limits>
 #include <new>
 #include <utility>
@@ -74,6 +73,7 @@ void topk(const Args& a, const Worker& w) {
   constexpr float kBelow = -std::numeric_limits<float>::infinity();
   const std::int64_t cols = a.ints[1], k = a.ints[2];
   const bool sorted = a.ints[4] != 0;
+  const auto descending = [](std::uint64_t x, std::uint64_t y) { return x > y; };
   if (k == 0) return;
   const Range mine = share(w, a.ints[0]);
   for (std::int64_t r = mine.begin; r < mine.end; ++r) {
@@ -81,7 +81,7 @@ void topk(const Args& a, const Worker& w) {
     // The row of the indices holds the heap of the k best keys so far, the least of them in front.
     auto* heap = reinterpret_cast<std::uint64_t*>(indices + r * k);
     for (std::int64_t i = 0; i < k; ++i) heap[i] = topk_key(to_float(x[i]), i);
-    std::make_heap(heap, heap + k, std::greater<>());
+    std::make_heap(heap, heap + k, descending);
     float least = to_float(x[topk_index(heap[0])]);
     bool tie = false;  // an entry was passed over, or put out, that equals the least one of its time
     for_vectors(k, cols, [&](std::int64_t i, auto access) {
@@ -94,14 +94,14 @@ void topk(const Args& a, const Worker& w) {
         tie = tie || (key ^ heap[0]) >> 32 == 0;
         if (key <= heap[0]) continue;
         const std::uint64_t gone = heap[0];
-        std::pop_heap(heap, heap + k, std::greater<>());
+        std::pop_heap(heap, heap + k, descending);
         heap[k - 1] = key;
-        std::push_heap(heap, heap + k, std::greater<>());
+        std::push_heap(heap, heap + k, descending);
         tie = tie || (gone ^ heap[0]) >> 32 == 0;
       }
       least = to_float(x[topk_index(heap[0])]);
     });
-    std::sort(heap, heap + k, std::greater<>());
+    std::sort(heap, heap + k, descending);
     for (std::int64_t i = 1; i < k; ++i) tie = tie || (heap[i - 1] ^ heap[i]) >> 32 == 0;
     if ((tie || !sorted) && static_cast<std::size_t>(cols) * 16 <= kScratchBytes) {
       topk_like_torch(x, cols, k, sorted, indices + r * k, w.scratch);
