@@ -148,7 +148,7 @@ def test_loading_takes_the_result_and_one_shard(sharded: Path) -> None:
     assert resident < weights + 2 * SHARD, "what has been converted has left memory"
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float32"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float32", marks=pytest.mark.slow)])
 def test_merged_experts_take_the_result_and_one_shard(experts: Path, dtype: str) -> None:
     """What was merged goes layer by layer, mapped or converted. Beside it there is what the allocator keeps of it."""
     assert len(list(experts.glob("*.safetensors"))) >= 12

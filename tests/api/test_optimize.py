@@ -183,6 +183,12 @@ def test_a_model_without_a_step_program_says_so(caplog: pytest.LogCaptureFixture
 SMALL = GPT2Config(vocab_size=17, n_positions=32, n_embd=8, n_layer=1, n_head=2, bos_token_id=None, eos_token_id=None)
 
 
+def small() -> Any:
+    """One layer, so that it is soon compiled again."""
+    torch.manual_seed(0)
+    return GPT2LMHeadModel(GPT2Config(**{**SMALL.to_dict(), "vocab_size": VOCABULARY})).eval()
+
+
 def assert_optimized(model: nn.Module) -> None:
     """It answers, and its own report says that it was compiled."""
     model.eval()
@@ -276,13 +282,13 @@ def through_a_file(model: Any) -> Any:
 @pytest.mark.parametrize("copied", [deep_copy, through_a_file])
 def test_a_copy_has_its_own_weights(copied: Callable[[Any], Any]) -> None:
     """Made after both doors were used, and edited as a merge or a moving average would."""
-    model, twin = pair("llama")
+    model, twin = llmopt.optimize(small()), small()
     settings = {"max_new_tokens": 4, "do_sample": False, "pad_token_id": PAD}
     with torch.no_grad():
         before, tokens = model(IDS).logits, model.generate(IDS, **settings)
     other = copied(model)
     assert type(other) is type(model) and other._llmopt.options == model._llmopt.options
-    edited = build("llama")
+    edited = small()
     with torch.no_grad():
         for each in (other, edited):
             each.lm_head.weight.copy_(twin.lm_head.weight.flip(0))
@@ -322,10 +328,10 @@ def replaced(model: Any) -> None:
 def test_what_a_call_does_beyond_its_class_is_kept(change: Callable[[Any], None], late: bool) -> None:
     """The model is steered to one token; that it was steered before or after `optimize` makes no difference."""
     if late:
-        model = llmopt.optimize(build("llama"))
+        model = llmopt.optimize(small())
         change(model)
     else:
-        model = build("llama")
+        model = small()
         change(model)
         with pytest.raises(UnsupportedError, match="forward"):
             llmopt.LLM(model)
@@ -343,7 +349,7 @@ def test_hooks_before_the_forward_count_too() -> None:
 
 def test_hooks_and_forwards_of_modules_inside_are_kept() -> None:
     """Also those that come and go between two calls: each is part of the graph."""
-    model: Any = llmopt.optimize(build("llama"))
+    model: Any = llmopt.optimize(small())
     plain = model.generate(IDS, **GREEDY)
     handle = model.lm_head.register_forward_hook(steer)
     assert model.generate(IDS, **GREEDY)[0, -3:].tolist() == [9, 9, 9]

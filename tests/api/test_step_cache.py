@@ -111,7 +111,7 @@ CASES: dict[str, tuple[str, dict[str, Any]]] = {
 }
 
 
-@pytest.mark.parametrize("case", cases(CASES, "llama", "gemma2", "int8 cache", "batch invariant"))
+@pytest.mark.parametrize("case", cases(CASES, "gemma2", "int8 cache"))
 def test_a_second_process_compiles_nothing(case: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     name, options = CASES[case]
     folder = save(name, tmp_path / name)

@@ -45,7 +45,7 @@ def _counts(program: Program) -> int:
     return len(program.steps)
 
 
-@pytest.mark.parametrize(("shallow", "deep"), [(3, 8), pytest.param(8, 32, marks=pytest.mark.slow)])
+@pytest.mark.parametrize(("shallow", "deep"), [(3, 5), pytest.param(8, 32, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("make", [tiny.llama_step, tiny.bert_forward])
 def test_depth_adds_calls_but_no_code(make: Callable[[int], Program], shallow: int, deep: int) -> None:
     """The same kernels, the same arena, and a fixed number of calls a layer."""

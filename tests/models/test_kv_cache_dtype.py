@@ -44,7 +44,7 @@ def test_logits_are_near_eager_and_do_not_depend_on_chunks(kv_cache_dtype: str) 
     assert (whole[3] - eager_logits(build(name), rows[3])).abs().max() > 1e-3, "nothing was quantized"
 
 
-@pytest.mark.parametrize("kv_cache_dtype", ["int8", "int4"])
+@pytest.mark.parametrize("kv_cache_dtype", [pytest.param("int8", marks=pytest.mark.slow), "int4"])
 def test_program_file_and_explain(kv_cache_dtype: str, tmp_path: Path) -> None:
     llm = LLM(build("llama"), kv_cache_dtype=kv_cache_dtype)
     greedy = SamplingParams(temperature=0.0, max_tokens=6)

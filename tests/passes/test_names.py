@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from graphs.causal_models import TinyCausal, traced
-from models.zoo import build
+from models.zoo import build, cases
 from torch import fx, nn
 
 from llmopt.compiler.graph import graph_text
@@ -42,7 +42,7 @@ def outcome(graph: fx.Graph) -> tuple[list[Any], list[str]]:
     return [(r.name, r.matched, dict(r.skipped), r.notes) for r in reports], text.splitlines()
 
 
-@pytest.mark.parametrize("name", ["gpt2", "qwen3", "mixtral", *(pytest.param(n, marks=pytest.mark.slow) for n in MORE)])
+@pytest.mark.parametrize("name", cases(("gpt2", "qwen3", "mixtral", *MORE), "gpt2", "qwen3"))
 def test_names_in_the_graph_do_not_matter(name: str) -> None:
     model = build(name)
     graph = traced(lambda ids: model(input_ids=ids, use_cache=False).logits, 40).graph

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import functools
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,8 @@ from llmopt.runtime.scheduler import Scheduler, SchedulerConfig
 ROOT = Path(__file__).resolve().parents[2]
 
 
-def closure(path: Path) -> set[str]:
+@functools.cache
+def closure(path: Path) -> frozenset[str]:
     """Every module that importing a file of the runtime executes, but for the package's own root."""
     found: set[str] = set()
     for node in ast.parse(path.read_text("utf-8")).body:
@@ -33,7 +35,7 @@ def closure(path: Path) -> set[str]:
             inner = ROOT.joinpath(*name.split(".")[1:]).with_suffix(".py")
             if name.startswith("llmopt.") and inner.is_file():
                 found |= closure(inner)
-    return found
+    return frozenset(found)
 
 
 @pytest.mark.parametrize("name", ["block_pool", "request", "page_groups", "prefix_cache", "metrics", "scheduler"])
