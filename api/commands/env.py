@@ -31,6 +31,7 @@ def _environment() -> dict[str, Any]:
 
     import torch
 
+    from llmopt.codegen.cpu.cache_upkeep import entries
     from llmopt.codegen.cpu.object_cache import cache_folder
     from llmopt.codegen.cpu.toolchain import find_compiler, host_level
     from llmopt.compiler.errors import ToolchainError
@@ -49,7 +50,7 @@ def _environment() -> dict[str, Any]:
     except ToolchainError as error:
         found["compiler"] = f"none: {error}"
     folder = cache_folder()
-    size = sum(file.stat().st_size for file in folder.iterdir() if file.is_file())
+    size = sum(entry.size for entry in entries(folder))
     found["kernel cache"] = f"{folder}, {size / 1e6:.1f} MB"
     found["threads"] = torch.get_num_threads()
     settings = {name: text for name, text in sorted(os.environ.items()) if name.startswith("LLMOPT_")}

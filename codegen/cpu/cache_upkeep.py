@@ -64,11 +64,11 @@ def dispensable(found: Sequence[Entry], *, unused_s: float | None = None, limit:
     """Of entries in the order of `entries`: those unused for `unused_s` seconds, and, longest unused first, as many
     more as leave at most `limit` bytes. What a killed process left behind is among them in any case.
     """
-    now, left = time.time(), sum(entry.size for entry in found)
-    chosen = []
-    for entry in found:
+    chosen, kept = [entry for entry in found if entry.kind == LEFTOVERS], [e for e in found if e.kind != LEFTOVERS]
+    now, left = time.time(), sum(entry.size for entry in kept)
+    for entry in kept:
         old = unused_s is not None and now - entry.used >= unused_s
-        if entry.kind == LEFTOVERS or old or (limit is not None and left > limit):
+        if old or (limit is not None and left > limit):
             chosen.append(entry)
             left -= entry.size
     return chosen

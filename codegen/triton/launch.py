@@ -10,6 +10,7 @@ import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -56,6 +57,13 @@ def _import(name: str) -> ModuleType:
         raise ToolchainError(f"GPU programs need triton, which cannot be imported here: {error}") from error
 
 
+class _SourceLoader(SourceFileLoader):
+    """Leaves no byte code beside a module: in the cache lies what is named after its content, and nothing else."""
+
+    def set_data(self, *_: Any, **__: Any) -> None:
+        pass
+
+
 @functools.cache
 def load_source(text: str) -> ModuleType:
     """A generated module. Triton reads a kernel's text from its file, so there must be one."""
@@ -67,7 +75,7 @@ def load_source(text: str) -> ModuleType:
             file.write(text)
         Path(temporary).replace(path)
     mark_used(path)
-    spec = importlib.util.spec_from_file_location(name, path)
+    spec = importlib.util.spec_from_file_location(name, path, loader=_SourceLoader(name, str(path)))
     if spec is None or spec.loader is None:
         raise ToolchainError(f"cannot load the generated kernel {path}")
     module = importlib.util.module_from_spec(spec)

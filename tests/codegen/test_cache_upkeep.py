@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from pathlib import Path
 
@@ -10,6 +11,8 @@ import pytest
 
 from llmopt.codegen.cpu import object_cache
 from llmopt.codegen.cpu.cache_upkeep import LEFTOVERS, dispensable, entries, remove
+from llmopt.codegen.cpu.toolchain import build_library
+from llmopt.codegen.triton.launch import load_source
 
 DAY = 86400.0
 
@@ -45,6 +48,16 @@ def test_only_files_of_the_cache_are_listed(tmp_path: Path) -> None:
     assert {path.name for path in tmp_path.iterdir()} == before - {A, B, C, D}
 
 
+def test_what_is_compiled_is_listed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("LLMOPT_CACHE_DIR", str(tmp_path))
+    build_library(['#include "abi.h"\nLLMOPT_KERNEL(nothing) {}\n'])
+    monkeypatch.setattr(sys, "dont_write_bytecode", False)
+    load_source("# A generated kernel.\n")
+    files = {path.name for path in tmp_path.iterdir()}
+    assert set(names(entries(tmp_path))) == files
+    assert {Path(name).suffix for name in files} >= {".o", ".so", ".py"}
+
+
 def test_a_folder_that_is_missing_is_empty(tmp_path: Path) -> None:
     assert entries(tmp_path / "none") == []
 
@@ -69,9 +82,11 @@ def test_the_longest_unused_go_beyond_a_limit(tmp_path: Path, limit: int, gone: 
 def test_what_a_killed_process_left_goes_but_not_what_is_being_written(tmp_path: Path) -> None:
     put(tmp_path, "tmp0a1b2c_d.so", days=1)
     put(tmp_path, "tmp0a1b2c_e.so")
+    kept = put(tmp_path, A, size=20, days=3)
     found = entries(tmp_path)
-    assert [(entry.path.name, entry.kind) for entry in found] == [("tmp0a1b2c_d.so", LEFTOVERS)]
-    assert dispensable(found, unused_s=30 * DAY) == found
+    assert [(entry.path.name, entry.kind) for entry in found[1:]] == [("tmp0a1b2c_d.so", LEFTOVERS)]
+    assert dispensable(found, unused_s=30 * DAY) == dispensable(found, limit=20) == found[1:]
+    assert found[0].path == kept, "there is room for it without what goes anyway"
 
 
 def test_an_entry_that_went_meanwhile_is_no_error(tmp_path: Path) -> None:

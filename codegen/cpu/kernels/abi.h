@@ -4,8 +4,8 @@
 // worker calls every kernel in order, takes its own share of the work by (index, count), and meets the others at a
 // spin barrier between calls. A kernel therefore never starts threads, never allocates and never locks.
 //
-// Every kernel is compiled on its own, so headers take the light ones of the standard library only (atomic operations are
-// the compilers' builtins): reading a heavy one takes longer than compiling a small kernel.
+// Every kernel is compiled on its own, so what all of them include is light (atomic operations are the compilers'
+// builtins): reading <algorithm> or <cmath> takes longer than compiling a small kernel.
 #pragma once
 
 #include <cstddef>
